@@ -1,0 +1,25 @@
+# make study [PROFILE=smoke|laptop|gpu|paper] [CORPUS=folder] [SEEDS=n]   runs the notebooks
+# make test                                                              checks everything
+# make lab                                                               opens JupyterLab
+PROFILE ?= laptop
+CORPUS ?= embedded
+SEEDS ?= 0
+PYTHON ?= python3
+
+.PHONY: study test lab
+
+study: .venv/.ready
+	@.venv/bin/mome study --profile "$(PROFILE)" --corpus "$(CORPUS)" --seeds "$(SEEDS)"
+
+test: .venv/.ready
+	@.venv/bin/ruff check . && .venv/bin/mypy && .venv/bin/python -m pytest
+
+lab: .venv/.ready
+	@.venv/bin/jupyter lab notebooks
+
+# The environment is made once, and again when what it consists of changes.
+.venv/.ready: pyproject.toml constraints.txt
+	@echo "making the environment in .venv (once, a few minutes)"
+	@$(PYTHON) -m venv .venv
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[lab,test]"
+	@touch $@

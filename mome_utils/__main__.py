@@ -1,0 +1,175 @@
+"""The command line: ``mome study``, ``mome status``, ``mome dataset``, ``mome publish``.
+
+Heavy libraries are imported by the command that needs them, so that help and complaints come at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mome_utils import __version__
+from mome_utils.config import MomeError, profile_names
+
+__all__ = ["main", "parser"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Returns:
+        0 when it succeeded, 1 when a cell of a notebook failed, 2 when what was asked for is wrong, 130 when
+        it was interrupted.
+    """
+    options = parser().parse_args(arguments)
+    try:
+        return int(options.command(options))
+    except MomeError as error:
+        print(f"mome: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("mome: stopped; give the same command again to go on from here.", file=sys.stderr)
+        return 130
+
+
+def _study(options: argparse.Namespace) -> int:
+    from mome_utils.runner import CellFailed, run_study
+    from mome_utils.study import project_root
+
+    try:
+        run_study(_request(options), root=project_root(), only=_items(options.only), force=options.force)
+    except CellFailed as error:
+        print(f"mome: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _status(options: argparse.Namespace) -> int:
+    from mome_utils.overview import in_words
+    from mome_utils.runner import plan_study, select_notebooks
+    from mome_utils.study import project_root
+
+    request = _request(options)
+    parameters, folder = request.resolve()
+    notebooks = select_notebooks(project_root())
+    plans = plan_study(notebooks, parameters, folder, profile=request.profile)
+    for plan in plans:
+        print(f"{plan.name:<32}{plan.reason or f'up to date, took {in_words(plan.seconds)}'}")
+    stages = sorted(path for path in folder.glob("*") if path.is_dir() and path.name != "notebooks")
+    for stage in stages:
+        results = list(stage.glob("*/manifest.json"))
+        size = sum(file.stat().st_size for file in stage.rglob("*") if file.is_file())
+        print(f"{stage.name:<32}{len(results)} stored, {size / 1e6:.1f} MB")
+    return 0
+
+
+def _dataset(options: argparse.Namespace) -> int:
+    from mome_utils.corpus import load_corpus
+    from mome_utils.resource import create_resource
+    from mome_utils.study import project_root
+
+    corpus = load_corpus(_corpus(options.corpus), _items(options.langs) or None, root=project_root())
+    create_resource(
+        corpus, max_diff_percent=options.max_diff_percent, common=options.common,
+        vocab_size=options.vocab_size, out=options.out, seed=options.seed,
+    )
+    print(f"The data set is in {options.out}.")
+    return 0
+
+
+def _publish(options: argparse.Namespace) -> int:
+    from mome_utils.publish import publish
+    from mome_utils.study import project_root
+
+    print(publish(project_root()))
+    return 0
+
+
+def _request(options: argparse.Namespace) -> Any:
+    from mome_utils.runner import Request
+
+    return Request(
+        profile=options.profile, corpus=_corpus(options.corpus), languages=tuple(_items(options.languages)),
+        seeds=options.seeds, overrides=dict(_assignment(text) for text in options.set),
+    )
+
+
+def _corpus(source: str) -> str:
+    """A corpus folder as an absolute path: the notebooks run from another working directory."""
+    return source if source == "embedded" else str(Path(source).resolve())
+
+
+def _items(text: str) -> list[str]:
+    """The parts of a comma-separated list."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    """``FIELD=VALUE``, the value as JSON where it is that, as text where not."""
+    field, equals, value = text.partition("=")
+    if not equals:
+        raise MomeError(f"--set needs FIELD=VALUE, for example max_diff_percent=3, not '{text}'.")
+    try:
+        return field.strip(), json.loads(value)
+    except ValueError:
+        return field.strip(), value.strip()
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line as argparse sees it."""
+    parser = argparse.ArgumentParser(
+        prog="mome",
+        description="Mixture of modular experts: a study of distillation, routing and forgetting.",
+    )
+    parser.add_argument("--version", action="version", version=f"mome {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    study = commands.add_parser("study", help="run the notebooks in order; what is up to date is skipped")
+    _common(study)
+    study.add_argument("--only", default="", metavar="NN[,NN]", help="only these notebooks")
+    study.add_argument("--force", action="store_true", help="run notebooks that are up to date, too")
+    study.set_defaults(command=_study)
+
+    status = commands.add_parser("status", help="say which notebooks are up to date and what is stored")
+    _common(status)
+    status.set_defaults(command=_status)
+
+    dataset = commands.add_parser("dataset", help="make a balanced, split, tokenized multilingual data set")
+    dataset.add_argument("--langs", default="", metavar="EN,FR", help="language codes (default: all)")
+    dataset.add_argument("--max-diff-percent", type=float, default=5.0, metavar="P",
+                         help="no language has more than P %% more tokens than the smallest (default: 5)")
+    dataset.add_argument("--common", action="store_true",
+                         help="keep only documents that exist in every language, and keep them aligned")
+    dataset.add_argument("--corpus", default="embedded", metavar="FOLDER",
+                         help="folder with one .jsonl, .parquet or folder of .txt files per language")
+    dataset.add_argument("--vocab-size", type=int, default=4096, metavar="N",
+                         help="entries of the shared tokenizer (default: 4096)")
+    dataset.add_argument("--seed", type=int, default=0, help="seed of splits and choices (default: 0)")
+    dataset.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
+    dataset.set_defaults(command=_dataset)
+
+    publish = commands.add_parser("publish", help="copy the finished laptop run to its tracked places")
+    publish.set_defaults(command=_publish)
+    return parser
+
+
+def _common(parser: argparse.ArgumentParser) -> None:
+    """The options that name a run of the study."""
+    parser.add_argument("--profile", default="laptop", metavar="NAME",
+                        help=f"how large to run it: {', '.join(profile_names())} (default: laptop)")
+    parser.add_argument("--corpus", default="embedded", metavar="FOLDER",
+                        help="folder with one .jsonl, .parquet or folder of .txt files per language")
+    parser.add_argument("--languages", default="", metavar="EN,FR",
+                        help="language codes in order (default: all)")
+    parser.add_argument("--seeds", type=int, default=0, metavar="N",
+                        help="number of seeds (default: the profile's)")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE",
+                        help="replace a field of the profile; may be given several times")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,325 @@
+"""Run the study: its notebooks in order, each only when it is stale, with a live overview.
+
+The notebooks are executed by papermill through an engine of its own, which differs from papermill's in three
+ways: the kernel is always the running interpreter, cells tagged ``exercise`` or ``solution`` are shown but
+not run, and the overview hears of every cell.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import papermill
+import zmq
+from ipykernel.kernelspec import RESOURCES, get_kernel_dict
+from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+from jupyter_client.manager import AsyncKernelManager
+from nbclient.exceptions import DeadKernelError
+from papermill.clientwrap import PapermillNotebookClient
+from papermill.engines import NBClientEngine, NotebookExecutionManager, papermill_engines
+from papermill.exceptions import PapermillExecutionError
+
+from mome_utils.artifacts import digest, source_digest
+from mome_utils.config import MomeError
+from mome_utils.overview import BUDGET_SECONDS, Overview, Plan
+from mome_utils.records import Record, code_digest, is_skipped, read_record, stale_reason, write_record
+from mome_utils.study import Study
+
+__all__ = ["CellFailed", "Request", "plan_study", "read_notebook", "record_path", "run_notebook", "run_study",
+           "select_notebooks"]
+
+ENGINE = "mome"
+
+
+class CellFailed(Exception):
+    """A cell raised: the message says which, why, and where the half-executed notebook lies."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to run the study with: the parameters that all notebooks share.
+
+    Attributes:
+        profile: a preset's name.
+        corpus: ``embedded``, or a folder.
+        languages: language codes in order; empty for all.
+        seeds: number of seeds; 0 for the profile's.
+        overrides: fields of the profile to replace.
+    """
+
+    profile: str = "laptop"
+    corpus: str = "embedded"
+    languages: tuple[str, ...] = ()
+    seeds: int = 0
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+    def parameters(self) -> dict[str, Any]:
+        """The values of the notebooks' common parameters."""
+        return {"profile": self.profile, "corpus": self.corpus, "languages": list(self.languages),
+                "seeds": self.seeds, "overrides": dict(self.overrides)}
+
+    def resolve(self) -> tuple[str, Path]:
+        """What these parameters mean now, as a digest, and the folder that their results lie in.
+
+        The digest covers the resolved profile (its seeds among them), the corpus' content and the recipes
+        that turn both into runs.
+
+        Raises:
+            MomeError: a parameter is wrong; so call it before work starts.
+        """
+        study = Study.open("", **self.parameters(), quiet=True)
+        recipes = source_digest("mome_utils.recipes")
+        return digest([study.profile, study.corpus.fingerprint, study.languages, recipes]), study.store.root
+
+
+def select_notebooks(root: Path, only: Sequence[str] = ()) -> list[Path]:
+    """Source notebooks in order; ``only`` keeps those of the given numbers (``03``) or names.
+
+    Raises:
+        MomeError: there is no such notebook, or none at all.
+    """
+    found = sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    if not found:
+        raise MomeError("There are no notebooks here: clone the repository and run 'mome' inside it.")
+    for wanted in only:
+        if not any(_is_called(path, wanted) for path in found):
+            numbers = ", ".join(path.stem[:2] for path in found)
+            raise MomeError(f"There is no notebook '{wanted}': give numbers among {numbers}.")
+    return [path for path in found if not only or any(_is_called(path, wanted) for wanted in only)]
+
+
+def _is_called(path: Path, wanted: str) -> bool:
+    return path.stem[:2] == wanted.zfill(2) or path.stem == wanted.removesuffix(".ipynb")
+
+
+def read_notebook(path: Path) -> dict[str, Any]:
+    """A notebook as JSON data."""
+    notebook: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return notebook
+
+
+def plan_study(
+    notebooks: Sequence[Path], parameters: str, folder: Path, *, profile: str, force: bool = False
+) -> list[Plan]:
+    """For each notebook whether it has to run, why, and how long that should take.
+
+    A notebook that has not been timed is expected to take its budget, scaled like those that have been.
+
+    Args:
+        notebooks: source notebooks.
+        parameters: digest of what decides the run, see :meth:`Request.resolve`.
+        folder: the folder of its results.
+        profile: its name; only at ``laptop`` the budget is a time.
+        force: run even what is not stale.
+    """
+    plans = []
+    for path in notebooks:
+        reason = _reason(path, parameters, folder) or ("asked for" if force else None)
+        source = read_notebook(path)
+        # One more than the source has: papermill's own cell, which sets the parameters.
+        cells = 1 + sum(cell["cell_type"] == "code" and not is_skipped(cell) for cell in source["cells"])
+        record = read_record(record_path(folder, path))
+        measured = record is not None and len(record.cells) == cells
+        budget = BUDGET_SECONDS.get(path.stem[:2], 60)
+        expected = tuple(record.cells) if record is not None and measured else (budget / cells,) * cells
+        plans.append(Plan(path.stem, reason, expected, measured))
+    timed = [plan for plan in plans if plan.measured]
+    scale = sum(p.seconds for p in timed) / sum(BUDGET_SECONDS.get(p.name[:2], 60) for p in timed) if timed else 1
+    return [
+        plan if plan.measured else
+        dataclasses.replace(plan, expected=[t * scale for t in plan.expected], measured=profile == "laptop")
+        for plan in plans
+    ]
+
+
+def _reason(path: Path, parameters: str, folder: Path) -> str | None:
+    """Why this notebook has to run now, or ``None``."""
+    reason = stale_reason(read_notebook(path), parameters, read_record(record_path(folder, path)), folder)
+    if reason is None and not (folder / "notebooks" / path.name).is_file():
+        return "its executed copy is gone"
+    return reason
+
+
+def run_study(
+    request: Request, *, root: Path, only: Sequence[str] = (), force: bool = False,
+    stream: TextIO | None = None,
+) -> int:
+    """Run every notebook that is stale, in order.
+
+    Returns:
+        The number of notebooks that ran.
+
+    Raises:
+        MomeError: the request is wrong (before any work).
+        CellFailed: a cell raised; the notebooks before it are finished and will be skipped the next time.
+    """
+    notebooks = select_notebooks(root, only)
+    parameters, folder = request.resolve()
+    plans = plan_study(notebooks, parameters, folder, profile=request.profile, force=force)
+    overview = Overview(plans, stream or sys.stdout)
+    ran = 0
+    try:
+        for index, path in enumerate(notebooks):
+            # Looked at again: what ran before this one may have made what it reads anew.
+            reason = _reason(path, parameters, folder) or ("asked for" if force else None)
+            plan = plans[index] = dataclasses.replace(plans[index], reason=reason)
+            if plan.reason is None:
+                overview.skipped(plan)
+                continue
+            overview.begin(plan)
+            _open_record(folder, path)
+            _touched_path(folder, path).unlink(missing_ok=True)
+            source = read_notebook(path)
+            cells = run_notebook(
+                path, folder / "notebooks" / path.name, request.parameters(), root=root, on_cell=overview.cell
+            )
+            _keep_record(folder, path, Record(path.stem, code_digest(source), parameters, {}, cells))
+            overview.finished(plan)
+            ran += 1
+    finally:
+        overview.close()
+    return ran
+
+
+def run_notebook(
+    source: Path, output: Path, parameters: Mapping[str, Any], *, root: Path,
+    on_cell: Callable[[int], None] = lambda number: None,
+    skip: Callable[[Mapping[str, Any]], bool] = is_skipped,
+) -> list[float]:
+    """Execute ``source`` into ``output``, which is saved after each cell.
+
+    Args:
+        source: the notebook.
+        output: where its executed copy goes.
+        parameters: values for its ``parameters`` cell.
+        root: working directory of the kernel.
+        on_cell: called with the number of each executed code cell (from 0) when it starts.
+        skip: which cells not to execute.
+
+    Returns:
+        Seconds of each executed code cell.
+
+    Raises:
+        CellFailed: with the cell, the error and the place of the half-executed notebook.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    times: list[float] = []
+
+    def begin() -> None:
+        on_cell(len(times))
+        times.append(time.monotonic())
+
+    def end() -> None:
+        times[-1] = time.monotonic() - times[-1]
+
+    try:
+        papermill.execute_notebook(
+            source, output, parameters=dict(parameters), engine_name=ENGINE, progress_bar=False, cwd=root,
+            begin=begin, end=end, skip=skip,
+        )
+    except PapermillExecutionError as error:
+        message = f"{error.ename}: {error.evalue}"
+    except DeadKernelError:
+        message = "its kernel died (often for want of memory)"
+    else:
+        return times
+    lines = [line for line in message.splitlines() if line.strip()][:4]
+    raise CellFailed("\n".join([
+        f"{_relative(source, root)} stopped at code cell {len(times)}: {lines[0]}",
+        *(f"    {line}" for line in lines[1:]),
+        f"The half-executed notebook is {_relative(output, root)}.",
+        "Mend the cause and give the same command again: it goes on from there.",
+    ]))
+
+
+class _RunningInterpreter(KernelSpecManager):
+    """Knows one kernel: the interpreter this process runs in, whatever else is installed under its name."""
+
+    def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
+        return KernelSpec(resource_dir=RESOURCES, **get_kernel_dict())
+
+
+class _Client(PapermillNotebookClient):
+    """papermill's client with a fixed kernel, skipped cells, and two callbacks around each executed cell."""
+
+    def __init__(
+        self, manager: NotebookExecutionManager, begin: Callable[[], None], end: Callable[[], None],
+        skip: Callable[[Mapping[str, Any]], bool], **kwargs: Any,
+    ) -> None:
+        super().__init__(manager, **kwargs)
+        self._begin, self._end, self._skip = begin, end, skip
+
+    def create_kernel_manager(self) -> AsyncKernelManager:
+        self.km = AsyncKernelManager(
+            kernel_name="python3", kernel_spec_manager=_RunningInterpreter(),
+            transport_encryption="auto" if zmq.has("curve") else "disabled",
+        )
+        return self.km
+
+    def execute_cell(self, cell: Any, cell_index: int, **kwargs: Any) -> Any:
+        if cell.cell_type != "code" or self._skip(cell):
+            return cell
+        self._begin()
+        try:
+            return super().execute_cell(cell, cell_index, **kwargs)
+        finally:
+            self._end()
+
+
+class StudyEngine(NBClientEngine):
+    """The papermill engine of the study; see the module's docstring."""
+
+    @classmethod
+    def execute_managed_notebook(
+        cls, nb_man: NotebookExecutionManager, kernel_name: str, *, begin: Callable[[], None],
+        end: Callable[[], None], skip: Callable[[Mapping[str, Any]], bool], start_timeout: int = 120,
+        **_: Any,
+    ) -> Any:
+        """Execute the notebook that ``nb_man`` holds."""
+        return _Client(nb_man, begin, end, skip, timeout=None, startup_timeout=start_timeout).execute()
+
+
+papermill_engines.register(ENGINE, StudyEngine)
+
+
+def record_path(folder: Path, notebook: Path) -> Path:
+    """Where the :class:`~mome_utils.records.Record` of a notebook's last finished run lies."""
+    return folder / "notebooks" / f"{notebook.stem}.run.json"
+
+
+def _touched_path(folder: Path, notebook: Path) -> Path:
+    return folder / "notebooks" / f"{notebook.stem}.touched.json"
+
+
+def _open_record(folder: Path, notebook: Path) -> None:
+    """Note that the notebook runs; times of its last run are kept for the overview."""
+    before = read_record(record_path(folder, notebook))
+    if before is not None:
+        write_record(record_path(folder, notebook), dataclasses.replace(before, finished=False))
+
+
+def _keep_record(folder: Path, notebook: Path, record: Record) -> None:
+    """Complete the record with what ``Study.finish`` noted, and write it."""
+    path = _touched_path(folder, notebook)
+    if not path.is_file():
+        raise MomeError(
+            f"notebooks/{notebook.name} left no record of its results: end it with study.finish()."
+        )
+    touched = json.loads(path.read_text(encoding="utf-8"))
+    before = read_record(record_path(folder, notebook))
+    first = max(record.seconds, touched["run_seconds"])
+    if before is not None and (before.code, before.parameters) == (record.code, record.parameters):
+        first = max(first, before.first_run)  # the last run found results that an earlier one had made
+    complete = dataclasses.replace(record, manifests=touched["manifests"], first_run=first)
+    write_record(record_path(folder, notebook), complete)
+
+
+def _relative(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)

@@ -1,0 +1,230 @@
+"""The run store: train once, load ever after; and the teacher's cached states.
+
+``train_or_load`` is the heart of the study. A finished run loads, a half-finished one goes on from its last sound
+checkpoint, a damaged one is made again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mome_utils.artifacts import DamagedArtifact, Store, digest, file_digest, read_manifest, source_digest
+from mome_utils.dataset import StudyData
+from mome_utils.schedules import schedule
+from mome_utils.training import (
+    KDTrainer,
+    LMTrainer,
+    ScheduledBlocks,
+    TrainSpec,
+    ValidationSet,
+    build_model,
+    load_gpt2,
+    save_model,
+    sound_checkpoint,
+    vocabulary_bytes,
+)
+
+__all__ = [
+    "STAGE", "STATES", "Run", "cache_teacher", "run_key", "states_key", "teacher_states",
+    "train_or_load",
+]
+
+STAGE = "runs"
+STATES = "teacher_states"
+
+
+def run_modules(spec: TrainSpec) -> tuple[str, ...]:
+    """Modules whose source defines a run's numbers, and so is part of its key."""
+    names = ["models", "schedules", "training", "runs"]
+    if spec.objective is not None:
+        names.append("distillation")
+    if spec.model.kind != "gpt2":
+        names += ["moe", "routing"]
+    return tuple(f"mome_utils.{name}" for name in names)
+
+
+def run_key(spec: TrainSpec) -> str:
+    """Name of a run: its spec (which names data and teacher) and the sources that define its numbers."""
+    return digest({"spec": spec, "sources": [source_digest(m) for m in run_modules(spec)]})
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished training run."""
+
+    spec: TrainSpec
+    key: str
+    folder: Path
+
+    def model(self, step: int | None = None) -> PreTrainedModel:
+        """The model in evaluation mode, float32: the chosen checkpoint, or the snapshot after ``step``."""
+        folder = self.folder if step is None else self.folder / "snapshots" / f"step-{step:06d}"
+        if self.spec.model.kind == "gpt2":
+            return load_gpt2(folder).eval()
+        from mome_utils.moe import MomeForCausalLM
+
+        return MomeForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
+
+    def history(self) -> pd.DataFrame:
+        """One row per step: ``step, loss`` (``ce, kd, alpha`` for distillation) and, where the run was validated,
+        ``val_<language>`` and ``val_mean`` in bits per byte."""
+        return pd.read_parquet(self.folder / "history.parquet")
+
+    @cached_property
+    def metrics(self) -> Mapping[str, Any]:
+        """What the manifest records: best step, validation bits per byte, tokens, seconds of training."""
+        return read_manifest(self.folder).metrics
+
+
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Run a block with ``count`` threads: sums, and so results, depend on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def states_key(teacher: str, data: str, language: str) -> str:
+    """Name of a teacher's cached states for one language."""
+    return digest({"teacher": teacher, "data": data, "language": language})
+
+
+def cache_teacher(store: Store, data: StudyData, teacher: Run, language: str, *, batch: int = 32) -> Path:
+    """Store the teacher's last hidden states ``[n, T, H]`` (bfloat16) of a language's training blocks.
+
+    The teacher's full-vocabulary logits are one product away (its output matrix), so nothing is lost but the
+    rounding to bfloat16; block ``i`` of the cache is block ``i`` of the data. Damaged caches are made again.
+    """
+    key = states_key(teacher.key, data.fingerprint, language)
+    with contextlib.suppress(DamagedArtifact):
+        if (folder := store.load(STATES, key)) is not None:
+            return folder
+    blocks = data.block_array("train", language)
+    with torch_threads(teacher.spec.threads), torch.inference_mode():
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        decoder = load_gpt2(teacher.folder).transformer.eval()
+        torch.nn.Module.to(decoder, device)
+        states = torch.empty((len(blocks), data.block_size, decoder.config.n_embd), dtype=torch.bfloat16)
+        bfloat16 = teacher.spec.dtype == "bfloat16"
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16):
+            for start in range(0, len(blocks), batch):
+                ids = torch.from_numpy(blocks[start : start + batch].astype(np.int64)).to(device)
+                states[start : start + batch] = decoder(ids, use_cache=False).last_hidden_state.cpu()
+    inputs = {"teacher": file_digest(teacher.folder / "manifest.json"), "data": data.fingerprint}
+    parameters = {"teacher": teacher.key, "data": data.fingerprint, "language": language}
+    with store.create(STATES, key, inputs=inputs, parameters=parameters, modules=["mome_utils.models"]) as result:
+        save_file({"states": states}, result.folder / "states.safetensors")
+    return store.path(STATES, key)
+
+
+def teacher_states(store: Store, data: StudyData, teacher: Run, language: str) -> Tensor:
+    """The cached last hidden states ``[n, T, H]`` (bfloat16) of a language's training blocks.
+
+    Raises:
+        MissingArtifact: they have not been cached yet (notebook 02 does it).
+    """
+    key = states_key(teacher.key, data.fingerprint, language)
+    return load_file(store.require(STATES, key, notebook="02_teacher_training") / "states.safetensors")["states"]
+
+
+def train_or_load(spec: TrainSpec, store: Store, data: StudyData) -> Run:
+    """The finished run of ``spec``: loaded, resumed or trained.
+
+    Raises:
+        MissingArtifact: the teacher the spec names has not been trained.
+    """
+    key = run_key(spec)
+    try:
+        if (folder := store.load(STAGE, key)) is not None:
+            return Run(spec, key, folder)
+    except DamagedArtifact:
+        shutil.rmtree(store.path(STAGE, key))  # a damaged run is made again
+    with torch_threads(spec.threads):
+        _train(spec, key, store, data)
+    return Run(spec, key, store.path(STAGE, key))
+
+
+def _train(spec: TrainSpec, key: str, store: Store, data: StudyData) -> None:
+    work = store.root / STAGE / f"{key}.unfinished"
+    work.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    trainer = _trainer(spec, work, store, data)
+    checkpoint = sound_checkpoint(work)
+    if checkpoint is not None:
+        trainer.restore_records(checkpoint)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else False)
+    history = _history(trainer.records)
+    validated = history.dropna(subset=["val_mean"])
+    best = validated.loc[validated["val_mean"].idxmin()] if spec.select_best else validated.iloc[-1]
+    inputs = {"data": spec.data} | ({"teacher": spec.teacher} if spec.teacher else {})
+    with store.create(STAGE, key, inputs=inputs, parameters=spec, modules=run_modules(spec)) as result:
+        save_model(trainer.network, result.folder)
+        history.to_parquet(result.folder / "history.parquet", index=False)
+        if (work / "snapshots").is_dir():
+            shutil.copytree(work / "snapshots", result.folder / "snapshots")
+        result.metrics.update(
+            step=int(best["step"]), validation_bits_per_byte=float(best["val_mean"]),
+            tokens=spec.steps * spec.batch_size * spec.model.block_size, seconds=round(time.monotonic() - started, 1),
+        )
+    shutil.rmtree(work)
+
+
+def _trainer(spec: TrainSpec, work: Path, store: Store, data: StudyData) -> LMTrainer:
+    blocks = [data.block_array("train", language) for language in spec.languages]
+    lengths = {language: len(b) for language, b in zip(spec.languages, blocks, strict=True)}
+    order = schedule(spec.sampler, lengths, steps=spec.steps, batch_size=spec.batch_size, seed=spec.seed)
+    token_bytes = vocabulary_bytes(data.tokenizer)
+    validation = [
+        ValidationSet(language, _validation_ids(data, language, spec.evaluation_blocks), token_bytes)
+        for language in spec.languages
+    ]
+    model = build_model(spec.model, spec.seed)
+    if spec.teacher is None:
+        return LMTrainer(spec, ScheduledBlocks(order, blocks, None), validation, work, model)
+    states, head = [], None
+    for language in spec.languages:
+        folder = store.require(
+            STATES, states_key(spec.teacher, spec.data, language), notebook="02_teacher_training"
+        )
+        states.append(load_file(folder / "states.safetensors")["states"])
+    head = _output_matrix(store.require(STAGE, spec.teacher, notebook="02_teacher_training"))
+    return KDTrainer(spec, ScheduledBlocks(order, blocks, states), validation, work, model, head=head)
+
+
+def _output_matrix(teacher: Path) -> Tensor:
+    """The teacher's output matrix ``[V, H]`` (tied: its embedding)."""
+    return load_gpt2(teacher).lm_head.weight.detach()
+
+
+def _validation_ids(data: StudyData, language: str, limit: int | None) -> Tensor:
+    """Validation blocks spread evenly over the split: all, or ``limit`` of them."""
+    blocks = data.block_array("validation", language)
+    if limit is not None and len(blocks) > limit:
+        blocks = blocks[np.linspace(0, len(blocks) - 1, limit).round().astype(int)]
+    return torch.from_numpy(np.asarray(blocks).astype(np.int64))
+
+
+def _history(records: Sequence[Mapping[str, float]]) -> pd.DataFrame:
+    """Training and validation rows joined on the step."""
+    table = pd.DataFrame(list(records))
+    return table.groupby("step", as_index=False).first()

@@ -1,0 +1,414 @@
+"""What a notebook opens: the profile, the corpus, the store of results, and how results are shown and kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from IPython.display import DisplayHandle, Image, Markdown, display
+
+from mome_utils.artifacts import Store, digest, file_digest, source_digest, write_atomic
+from mome_utils.config import MomeError, Profile, load_profile
+from mome_utils.corpus import Corpus, load_corpus
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from mome_utils.dataset import StudyData
+    from mome_utils.intervals import Interval
+    from mome_utils.routing import TokenRouter
+    from mome_utils.runs import Run
+    from mome_utils.training import TrainSpec
+
+__all__ = ["Study", "artifacts_root", "project_root", "study_folder"]
+
+DATASET_MODULES = tuple(f"mome_utils.{m}" for m in ("corpus", "tokenization", "balance", "dataset"))
+SCORE_MODULES = ("mome_utils.evaluation",)
+#: Profile fields that decide the data set, and so its key.
+DATASET_FIELDS = (
+    "topics", "vocab_size", "block_size", "validation_fraction", "test_fraction", "max_diff_percent",
+    "common_documents",
+)
+
+
+def project_root() -> Path:
+    """The checkout: the nearest folder above the working one that holds the notebooks, else where the package lies."""
+    here = Path.cwd().resolve()
+    for folder in (here, *here.parents):
+        if (folder / "notebooks").is_dir() and (folder / "mome_utils").is_dir():
+            return folder
+    return Path(__file__).resolve().parent.parent
+
+
+def artifacts_root() -> Path:
+    """Where runs write: ``data/artifacts`` of the checkout, or the folder that ``MOME_ARTIFACTS`` names."""
+    named = os.environ.get("MOME_ARTIFACTS")
+    return Path(named).expanduser().resolve() if named else project_root() / "data" / "artifacts"
+
+
+def study_folder(profile: str, corpus: str = "embedded") -> Path:
+    """Folder of everything one profile makes on one corpus; other corpora than the embedded lie beside it."""
+    name = profile if corpus == "embedded" else f"{profile}-{digest(str(Path(corpus).expanduser().resolve()))[:8]}"
+    return artifacts_root() / name
+
+
+@dataclass
+class Study:
+    """One notebook's view of the study. Open it with :meth:`open`, close it with :meth:`finish`."""
+
+    notebook: str
+    profile: Profile
+    corpus: Corpus
+    seeds: tuple[int, ...]
+    store: Store
+    #: Manifests read or made so far, relative to the store, with their SHA-256: what staleness is judged by.
+    touched: dict[str, str] = field(default_factory=dict)
+    #: Seconds of training behind the runs this notebook used, whether trained now or loaded.
+    run_seconds: float = 0.0
+    _tables: dict[str, pd.DataFrame] = field(default_factory=dict)
+    _data: StudyData | None = None
+
+    @classmethod
+    def open(
+        cls, notebook: str, *, profile: str = "laptop", corpus: str = "embedded", languages: Sequence[str] = (),
+        seeds: int = 0, overrides: Mapping[str, Any] | None = None, quiet: bool = False,
+    ) -> Study:
+        """Check the parameters, read the corpus and say what is about to be studied.
+
+        Args:
+            notebook: name of the calling notebook, without suffix.
+            profile: a preset of :mod:`mome_utils.config`.
+            corpus: ``embedded`` or a folder.
+            languages: codes in the order wanted; empty for all.
+            seeds: number of seeds; 0 for the profile's.
+            overrides: fields of the profile to replace.
+
+        Raises:
+            MomeError: one sentence about the first parameter that cannot be used.
+        """
+        if not isinstance(seeds, int) or seeds < 0:
+            raise MomeError(f"seeds must be 0 (the profile's) or a positive number, not {seeds!r}.")
+        chosen = load_profile(profile, dict(overrides or {}))
+        if seeds:
+            chosen = dataclasses.replace(chosen, seeds=seeds)
+        documents = load_corpus(corpus, list(languages) or None, topics=chosen.topics, root=project_root())
+        study = cls(notebook, chosen, documents, tuple(range(chosen.seeds)), Store(study_folder(profile, corpus)))
+        if not quiet:
+            study._introduce()
+        return study
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """Language codes in the study's order."""
+        return self.corpus.languages
+
+    def _introduce(self) -> None:
+        import torch
+
+        from mome_utils.training import resolve_dtype
+
+        device = "GPU" if torch.cuda.is_available() else "CPU"
+        rows = [
+            ("profile", self.profile.name),
+            ("corpus", f"{self.corpus.name}, {len(self.corpus.documents):,} documents in {', '.join(self.languages)}"),
+            ("device", f"{device}, {resolve_dtype(self.profile.dtype)}"),
+            ("seeds", ", ".join(map(str, self.seeds))),
+        ]
+        display(Markdown("| | |\n|---|---|\n" + "\n".join(f"| **{a}** | {b} |" for a, b in rows)))
+
+    # ------------------------------------------------------------------ data
+
+    def dataset_key(self) -> str:
+        """Name of the data set that this profile makes of this corpus."""
+        fields = {name: getattr(self.profile, name) for name in DATASET_FIELDS}
+        return digest({
+            "corpus": self.corpus.fingerprint, "languages": self.languages, **fields,
+            "sources": [source_digest(m) for m in DATASET_MODULES],
+        })
+
+    def build_data(self) -> StudyData:
+        """The study's data set, made if it is not there or damaged (notebook 01)."""
+        from mome_utils.artifacts import DamagedArtifact
+        from mome_utils.dataset import build_dataset
+
+        key = self.dataset_key()
+        try:
+            present = self.store.load("dataset", key) is not None
+        except DamagedArtifact:
+            present = False
+        if not present:
+            with self.store.create(
+                "dataset", key, inputs={"corpus": self.corpus.fingerprint}, parameters=self.profile,
+                modules=DATASET_MODULES,
+            ) as result:
+                build_dataset(self.corpus, self.profile, result.folder)
+        return self.data()
+
+    def data(self) -> StudyData:
+        """The study's data set; an error that names notebook 01 where it has not been made."""
+        if self._data is None:
+            from mome_utils.dataset import StudyData
+
+            folder = self.store.require("dataset", self.dataset_key(), notebook="01_dataset_creation")
+            self.touch(folder)
+            self._data = StudyData.load(folder)
+        return self._data
+
+    # ------------------------------------------------------------------ runs
+
+    def runs(self, specs: Sequence[TrainSpec]) -> list[Run]:
+        """The finished runs of ``specs``, in order; what is not in the store is trained, side by side.
+
+        Raises:
+            MissingArtifact: names the notebook that trains a teacher the specs need, before anything starts.
+        """
+        from mome_utils.runs import STAGE, STATES, Run, run_key, states_key, train_or_load
+        from mome_utils.sweeps import in_parallel, train_job
+
+        keys = [run_key(spec) for spec in specs]
+        for teacher, language in {(s.teacher, g) for s in specs if s.teacher for g in s.languages}:
+            self.touch(self.store.require(STAGE, teacher, notebook="02_teacher_training"))
+            states = states_key(teacher, self.data().fingerprint, language)
+            self.touch(self.store.require(STATES, states, notebook="02_teacher_training"))
+        todo = {k: s for k, s in zip(keys, specs, strict=True) if not self.store.has(STAGE, k)}
+        loaded = len(set(keys)) - len(todo)
+        if todo:
+            jobs = [(spec, self.store.root, self.data().path) for spec in todo.values()]
+            with _Progress(list(todo), self.store.root / STAGE) as progress:
+                in_parallel(train_job, jobs, workers=min(self.profile.jobs, len(jobs)), watch=progress.update)
+        runs = [
+            train_or_load(spec, self.store, self.data()) if key not in todo  # checked against its hashes
+            else Run(spec, key, self.store.path(STAGE, key))
+            for key, spec in zip(keys, specs, strict=True)
+        ]
+        for run in {run.key: run for run in runs}.values():
+            self.touch(run.folder)
+            self.run_seconds += float(run.metrics["seconds"]) / self.profile.jobs
+        if not todo:
+            display(Markdown(f"*{loaded} runs loaded from the store.*"))
+        return runs
+
+    def cache_teachers(self, teachers: Sequence[Run]) -> None:
+        """Cache every teacher's states for every language, side by side (notebook 02)."""
+        from mome_utils.runs import STATES, states_key
+        from mome_utils.sweeps import cache_job, in_parallel
+
+        jobs = [(run.spec, language, self.store.root, self.data().path)
+                for run in teachers for language in self.languages]
+        in_parallel(cache_job, jobs, workers=min(self.profile.jobs, len(jobs)))
+        for run in teachers:
+            for language in self.languages:
+                key = states_key(run.key, self.data().fingerprint, language)
+                self.touch(self.store.path(STATES, key))
+
+    # --------------------------------------------------------------- scores
+
+    def score(
+        self, runs: Run | Sequence[Run], languages: Sequence[str] | None = None, *, step: int | None = None,
+        split: str = "test",
+    ) -> pd.DataFrame:
+        """Every document of a split scored by each run: columns ``run, seed, language, document, nats, bytes, tokens``.
+
+        Args:
+            runs: one run or several.
+            languages: which documents; by default those of the languages a run was trained on.
+            step: a snapshot instead of the final model.
+            split: ``test`` or ``validation``.
+        """
+        from mome_utils.runs import Run
+        from mome_utils.sweeps import in_parallel, score_job
+
+        runs = [runs] if isinstance(runs, Run) else list(runs)
+        wanted: list[tuple[str, tuple]] = []
+        for run in runs:
+            codes = tuple(languages or run.spec.languages)
+            key = self._score_key("documents", {"run": run.key, "languages": codes, "step": step, "split": split})
+            job = (run.spec, run.folder, step, codes, split, self.profile.stride, self.data().path)
+            wanted.append((key, job))
+        todo = {key: job for key, job in wanted if self.store.load("scores", key) is None}
+        tables = in_parallel(score_job, list(todo.values()), workers=max(1, min(self.profile.jobs, len(todo))))
+        for (key, job), table in zip(todo.items(), tables, strict=True):
+            self._save_scores(key, table, {"run": job[1].name, "languages": job[3], "step": step, "split": split})
+        scored = [self._read_scores(key).assign(run=run.key, seed=run.spec.seed)
+                  for (key, _), run in zip(wanted, runs, strict=True)]
+        return pd.concat(scored, ignore_index=True)
+
+    def score_arms(
+        self, arms: Mapping[str, Sequence[Run]], languages: Sequence[str] | None = None, *, step: int | None = None
+    ) -> pd.DataFrame:
+        """:meth:`score` for several arms at once, with a column ``arm``; each document of a test split once per run."""
+        rows = self.score([run for runs in arms.values() for run in runs], languages, step=step)
+        arm_of = {run.key: arm for arm, runs in arms.items() for run in runs}
+        return rows.drop_duplicates().assign(arm=lambda table: table["run"].map(arm_of))
+
+    def curves(self, arms: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
+        """Validation curves of runs by arm: ``step, value`` (bits per byte), ``language, arm, seed``."""
+        pieces = []
+        for arm, runs in arms.items():
+            for run in runs:
+                table = run.history().dropna(subset=["val_mean"])
+                values = {f"val_{language}": language for language in self.languages}
+                long = table.rename(columns=values).melt(
+                    "step", [c for c in values.values() if f"val_{c}" in table], "language", "value"
+                )
+                pieces.append(long.assign(arm=arm, seed=run.spec.seed))
+        return pd.concat(pieces, ignore_index=True)
+
+    def cached_rows(
+        self, name: str, inputs: Mapping[str, Any], compute: Callable[[], pd.DataFrame],
+        modules: Sequence[str] = SCORE_MODULES,
+    ) -> pd.DataFrame:
+        """A table computed once: ``inputs`` (keys of runs, settings) and the sources of ``modules`` are its key."""
+        key = self._score_key(name, inputs, modules)
+        if self.store.load("scores", key) is None:
+            self._save_scores(key, compute(), dict(inputs), modules)
+        return self._read_scores(key)
+
+    def _score_key(self, name: str, inputs: Mapping[str, Any], modules: Sequence[str] = SCORE_MODULES) -> str:
+        return digest({
+            "name": name, "inputs": inputs, "data": self.data().fingerprint, "stride": self.profile.stride,
+            "sources": [source_digest(m) for m in modules],
+        })
+
+    def _save_scores(
+        self, key: str, table: pd.DataFrame, parameters: Mapping[str, Any], modules: Sequence[str] = SCORE_MODULES
+    ) -> None:
+        inputs = {"data": self.data().fingerprint}
+        with self.store.create("scores", key, inputs=inputs, parameters=parameters, modules=modules) as result:
+            table.to_parquet(result.folder / "rows.parquet", index=False)
+
+    def _read_scores(self, key: str) -> pd.DataFrame:
+        folder = self.store.path("scores", key)
+        self.touch(folder)
+        return pd.read_parquet(folder / "rows.parquet")
+
+    # --------------------------------------------------------------- router
+
+    def _router_key(self) -> str:
+        return digest({"data": self.data().fingerprint, "source": source_digest("mome_utils.routing")})
+
+    def save_router(self, router: TokenRouter) -> None:
+        """Keep the fitted router for the notebooks that follow (notebook 04)."""
+        inputs = {"data": self.data().fingerprint}
+        with self.store.create(
+            "router", self._router_key(), inputs=inputs, parameters={}, modules=["mome_utils.routing"]
+        ) as result:
+            router.save(result.folder)
+        self.touch(self.store.path("router", self._router_key()))
+
+    def router(self) -> TokenRouter:
+        """The router that notebook 04 fitted on this data."""
+        from mome_utils.routing import TokenRouter
+
+        folder = self.store.require("router", self._router_key(), notebook="04_router_bakeoff")
+        self.touch(folder)
+        return TokenRouter.load(folder)
+
+    # ---------------------------------------------------------- show and keep
+
+    def show(self, figure: Figure, name: str, *, caption: str, alt: str) -> None:
+        """Save a figure as ``figures/<notebook>/<name>.svg`` of the run and display it with its caption."""
+        from mome_utils.figures import png_bytes, save_svg
+
+        target = self.store.root / "figures" / self.notebook / f"{name}.svg"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        save_svg(figure, target)
+        width = int(figure.get_figwidth() * 100)
+        display(Image(data=png_bytes(figure), format="png", alt=alt, width=width))
+        display(Markdown(f"*{caption}*"))
+
+    def table(self, table: pd.DataFrame, *, caption: str = "", digits: int = 3) -> None:
+        """Display a table with its numbers rounded and its caption below."""
+        shown = table.copy()
+        for column in shown.select_dtypes("number").columns:
+            if not pd.api.types.is_integer_dtype(shown[column]):
+                shown[column] = shown[column].map(lambda v: "" if pd.isna(v) else f"{v:.{digits}f}")
+        display(Markdown(_markdown(shown if isinstance(shown.index, pd.RangeIndex) else shown.reset_index())))
+        if caption:
+            display(Markdown(f"*{caption}*"))
+
+    def save(self, table: pd.DataFrame, name: str) -> None:
+        """Keep a result table; :meth:`finish` writes all of them at once."""
+        self._tables[name] = table.reset_index(drop=isinstance(table.index, pd.RangeIndex))
+
+    def settle(self, effects: Mapping[str, Interval | None]) -> pd.DataFrame:
+        """Verdicts on the claims whose effects were measured here: displayed, kept and returned."""
+        from mome_utils.claims import verdict_table
+
+        table = verdict_table(effects)
+        self._tables["claims"] = table
+        shown = table.assign(effect=[
+            f"{row.estimate:+.4f} [{row.low:+.4f}, {row.high:+.4f}] {row.unit}" for row in table.itertuples()
+        ])
+        self.table(shown[["claim", "statement", "effect", "margin", "verdict", "reason"]])
+        return table
+
+    def say(self, text: str) -> None:
+        """Display a computed sentence as Markdown."""
+        display(Markdown(text))
+
+    def touch(self, folder: Path) -> None:
+        """Note that this notebook read or made the result in ``folder``."""
+        manifest = folder / "manifest.json"
+        self.touched[manifest.relative_to(self.store.root).as_posix()] = file_digest(manifest)
+
+    def finish(self) -> None:
+        """Write the result tables, and what this notebook touched; the last cell of every notebook."""
+        from mome_utils.artifacts import canonical_json
+
+        with self.store.create(
+            "results", self.notebook, inputs=dict(self.touched), parameters=self.profile, modules=[]
+        ) as result:
+            for name, table in self._tables.items():
+                table.to_parquet(result.folder / f"{name}.parquet", index=False)
+            result.metrics["run_seconds"] = round(self.run_seconds, 1)
+        self.touch(self.store.path("results", self.notebook))
+        record = {"notebook": self.notebook, "manifests": self.touched, "run_seconds": self.run_seconds}
+        target = self.store.root / "notebooks" / f"{self.notebook}.touched.json"
+        write_atomic(target, json.dumps(json.loads(canonical_json(record)), indent=1) + "\n")
+        names = ", ".join(self._tables) or "no tables"
+        display(Markdown(f"Saved for the notebooks that follow: {names}."))
+
+
+def _markdown(table: pd.DataFrame) -> str:
+    """A data frame as a Markdown table, numbers to the right."""
+    numeric = [pd.to_numeric(table[c], errors="coerce").notna().any() for c in table.columns]
+    lines = [[str(c) for c in table.columns], ["---:" if n else "---" for n in numeric]]
+    lines += [[str(value).replace("|", "\\|") for value in row] for row in table.itertuples(index=False)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+class _Progress:
+    """One line that tells how far a sweep is; it keeps no timings, so an executed notebook is reproducible."""
+
+    def __init__(self, keys: Sequence[str], folder: Path) -> None:
+        self.keys = keys
+        self.folder = folder
+        self.handle = DisplayHandle()
+        self.shown = f"{len(keys)} runs to train"
+
+    def __enter__(self) -> _Progress:
+        self.handle.display(Markdown(f"*{self.shown}.*"))
+        return self
+
+    def _show(self, text: str) -> None:
+        if text != self.shown:
+            self.shown = text
+            self.handle.update(Markdown(f"*{text}.*"))
+
+    def update(self, finished: int) -> None:
+        """Show the runs that are done and the steps of those under way."""
+        steps = [p.read_text(encoding="utf-8") for key in self.keys
+                 if (p := self.folder / f"{key}.unfinished" / "progress").is_file()]
+        under_way = f"; under way: step {', '.join(s for s in steps if s)}" if steps else ""
+        self._show(f"{finished} of {len(self.keys)} runs trained{under_way}")
+
+    def __exit__(self, *error: object) -> None:
+        if error[0] is None:
+            self._show(f"{len(self.keys)} runs trained")

@@ -1,0 +1,94 @@
+"""Many runs side by side: one function per kind of job, spread over processes by joblib.
+
+Orchestration only: nothing here decides a number, so changing it retrains nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import joblib
+import pandas as pd
+
+from mome_utils.artifacts import Store
+from mome_utils.dataset import StudyData
+from mome_utils.evaluation import score_documents
+from mome_utils.runs import STAGE, Run, cache_teacher, run_key, torch_threads, train_or_load
+from mome_utils.training import TrainSpec
+
+__all__ = ["cache_job", "in_parallel", "score_job", "train_job"]
+
+
+def in_parallel(
+    function: Callable[..., Any], jobs: Sequence[tuple], *, workers: int,
+    watch: Callable[[int], None] | None = None, pause: float = 1.0,
+) -> list[Any]:
+    """``[function(*job) for job in jobs]``, ``workers`` at a time through joblib, in order.
+
+    Any joblib backend serves (``joblib.parallel_config``): processes here, Dask or Ray on a cluster by
+    configuration alone. One worker means this process. ``watch(finished)`` is called every ``pause`` seconds.
+    The first error stops the sweep; finished jobs have saved their results.
+    """
+    results: list[Any] = []
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            parallel = joblib.Parallel(n_jobs=workers, return_as="generator")
+            for result in parallel(joblib.delayed(function)(*job) for job in jobs):
+                results.append(result)
+        except BaseException as error:  # handed to the caller's thread below
+            errors.append(error)
+
+    thread = Thread(target=work, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(pause if watch is not None else None)
+        if watch is not None:
+            watch(len(results))
+    if errors:
+        raise errors[0]
+    return results
+
+
+def _quiet() -> None:
+    """Workers share one terminal: libraries keep their notices to themselves."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def train_job(spec: TrainSpec, root: Path, data_folder: Path) -> str:
+    """One run of a sweep, in whatever process it lands; returns the run's key."""
+    _quiet()
+    return train_or_load(spec, Store(root), StudyData.load(data_folder)).key
+
+
+def cache_job(spec: TrainSpec, language: str, root: Path, data_folder: Path) -> float:
+    """Cache one finished teacher's states for one language; returns the seconds it took."""
+    _quiet()
+    store, key = Store(root), run_key(spec)
+    started = time.monotonic()
+    cache_teacher(store, StudyData.load(data_folder), Run(spec, key, store.path(STAGE, key)), language)
+    return time.monotonic() - started
+
+
+def score_job(
+    spec: TrainSpec, folder: Path, step: int | None, languages: Sequence[str], split: str, stride: int,
+    data_folder: Path,
+) -> pd.DataFrame:
+    """Documents of a split scored by one finished run's model: ``language, document, nats, bytes, tokens``."""
+    _quiet()
+    data = StudyData.load(data_folder)
+    with torch_threads(spec.threads):
+        model = Run(spec, folder.name, folder).model(step)
+        documents = [d for language in languages for d in data.documents(split, language)]
+        return score_documents(
+            lambda ids: model(input_ids=ids, use_cache=False).logits, data.tokenizer, documents,
+            block_size=data.block_size, stride=stride,
+        )

@@ -1,0 +1,360 @@
+"""Training on ``transformers.Trainer``: what a run is, how it is fed, and the two trainers of the study.
+
+A run is a :class:`TrainSpec`, a frozen dataclass. Its whole data order is drawn beforehand from its seed
+(:func:`mome_utils.schedules.schedule`), so that arms with one seed see the same sequences in the same order, and so
+that a resumed run continues exactly where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import GPT2LMHeadModel, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+
+from mome_utils.artifacts import file_digest, write_atomic
+from mome_utils.config import MomeError, Shape
+from mome_utils.distillation import Objective, make_alpha, needs, shifted_ce, shifted_divergence
+from mome_utils.models import build_gpt2
+from mome_utils.schedules import ScheduleKind
+
+__all__ = [
+    "KDTrainer", "LMTrainer", "ModelSpec", "ScheduledBlocks", "TrainSpec", "ValidationSet", "build_model",
+    "load_gpt2", "resolve_dtype", "save_model", "sound_checkpoint", "vocabulary_bytes",
+]
+
+RECORDS = "records.json"
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Architecture of a run's model: ``gpt2``, or the joint mixtures ``jeet`` and ``moe_ce`` (see ``moe``)."""
+
+    kind: str
+    shape: Shape
+    vocab_size: int
+    block_size: int
+    bos: int
+    eos: int
+    #: Experts of a mixture, in order; empty for ``gpt2``.
+    experts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TrainSpec:
+    """All that defines a training run, and with the sources of its modules its key.
+
+    ``objective`` and ``teacher`` (the key of the teacher's run) are both given or both ``None`` (plain language
+    modelling). ``snapshots`` are steps after which the weights are kept beside the final ones.
+    """
+
+    model: ModelSpec
+    data: str
+    languages: tuple[str, ...]
+    sampler: ScheduleKind
+    steps: int
+    batch_size: int
+    learning_rate: float
+    lr_schedule: str
+    warmup: float
+    weight_decay: float
+    seed: int
+    threads: int
+    dtype: str
+    evaluations: int
+    evaluation_blocks: int | None
+    select_best: bool
+    objective: Objective | None = None
+    teacher: str | None = None
+    snapshots: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if (self.objective is None) != (self.teacher is None):
+            raise MomeError("A distillation run needs both an objective and a teacher's key, a plain run neither.")
+        if self.steps % self.evaluations:
+            raise MomeError(f"{self.steps} steps cannot be scored {self.evaluations} times at equal distances.")
+
+
+def resolve_dtype(dtype: str) -> str:
+    """``float32`` or ``bfloat16``: what ``auto`` means on this machine (bfloat16 where it is multiplied natively)."""
+    if dtype != "auto":
+        return dtype
+    if torch.cuda.is_available():
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return "bfloat16" if native else "float32"
+
+
+def build_model(spec: ModelSpec, seed: int) -> PreTrainedModel:
+    """The untrained model of a run."""
+    if spec.kind == "gpt2":
+        return build_gpt2(
+            spec.shape, vocab_size=spec.vocab_size, block_size=spec.block_size, seed=seed, bos=spec.bos, eos=spec.eos
+        )
+    from mome_utils.moe import build_mome  # only mixtures depend on it, and so only their keys
+
+    return build_mome(
+        spec.kind, spec.shape, vocab_size=spec.vocab_size, block_size=spec.block_size, languages=spec.experts,
+        seed=seed, bos=spec.bos, eos=spec.eos,
+    )
+
+
+def save_model(model: PreTrainedModel, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+    """Write configuration and weights (safetensors), and nothing else."""
+    save: Any = model.save_pretrained  # typed as a tensor in the library's stubs
+    save(folder, state_dict=state_dict)
+
+
+class ScheduledBlocks(Dataset):
+    """Token blocks in the order of a schedule; a batch is one dictionary of tensors.
+
+    Args:
+        order: ``[steps, batch, 2]`` pairs (language index, block index).
+        blocks: per language, token ids ``[n, T]``.
+        states: per language, the teacher's last hidden states ``[n, T, H]``, or ``None``.
+    """
+
+    def __init__(self, order: np.ndarray, blocks: Sequence[np.ndarray], states: Sequence[Tensor] | None) -> None:
+        self.order = order.reshape(-1, 2)
+        self.blocks = blocks
+        self.states = states
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        pairs = self.order[list(indices)]
+        batch = {
+            "input_ids": torch.from_numpy(np.stack([self.blocks[g][b] for g, b in pairs]).astype(np.int64)),
+            "languages": torch.from_numpy(pairs[:, 0].copy()),
+        }
+        if self.states is not None:
+            batch["teacher_states"] = torch.stack([self.states[g][b] for g, b in pairs])
+        return batch
+
+
+def _as_is(batch: Any) -> Any:
+    """The feed makes whole batches already."""
+    return batch
+
+
+@dataclass(frozen=True)
+class ValidationSet:
+    """Validation blocks of one language: ids ``[n, T]``, and the bytes of each vocabulary entry ``[V]``."""
+
+    language: str
+    ids: Tensor
+    token_bytes: Tensor
+
+    @torch.inference_mode()
+    def bits_per_byte(self, model: torch.nn.Module, language_index: int, batch: int = 32) -> float:
+        """Bits per byte of the blocks' tokens 1…T−1 given those before; special tokens are not scored."""
+        nats = torch.zeros((), dtype=torch.float64)
+        size = torch.zeros((), dtype=torch.int64)
+        for ids in self.ids.split(batch):
+            ids = ids.to(next(model.parameters()).device)
+            logits = _logits(model, ids, torch.full((len(ids),), language_index))[:, :-1]
+            bytes_ = self.token_bytes.to(ids.device)[ids[:, 1:]]
+            losses = torch.nn.functional.cross_entropy(
+                logits.reshape(-1, logits.shape[-1]).float(), ids[:, 1:].reshape(-1), reduction="none"
+            )
+            nats += (losses * (bytes_.reshape(-1) > 0)).sum().double().cpu()
+            size += bytes_.sum().cpu()
+        return float(nats / np.log(2) / size)
+
+
+def _logits(model: torch.nn.Module, ids: Tensor, languages: Tensor) -> Tensor:
+    """Logits ``[B, T, V]``; a mixture is given its true routes, as in the published training."""
+    if getattr(model.config, "model_type", "") == "mome":
+        return model(input_ids=ids, routes=languages.to(ids.device)).logits
+    return model(input_ids=ids, use_cache=False).logits
+
+
+class _Records(TrainerCallback):
+    """Keeps the per-step records with each checkpoint, and each checkpoint's hashes beside it."""
+
+    def __init__(self, trainer: LMTrainer, progress: Path) -> None:
+        self.trainer = trainer
+        self.progress = progress
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % 10 == 0 or state.global_step == state.max_steps:
+            self.progress.write_text(f"{state.global_step}/{state.max_steps}", encoding="utf-8")
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        files = {f.name: file_digest(f) for f in sorted(folder.iterdir()) if f.name != RECORDS}
+        write_atomic(folder / RECORDS, json.dumps({"records": self.trainer.records, "files": files}))
+
+
+class _Snapshots(TrainerCallback):
+    """Keeps the weights after the steps that the spec names."""
+
+    def __init__(self, steps: Sequence[int]) -> None:
+        self.steps = set(steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step in self.steps:
+            save_model(model, Path(args.output_dir) / "snapshots" / f"step-{state.global_step:06d}")
+
+
+def sound_checkpoint(folder: Path) -> Path | None:
+    """The latest checkpoint of an unfinished run whose files all match their recorded hashes."""
+    candidates = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True)
+    for checkpoint in candidates:
+        record = checkpoint / RECORDS
+        if record.is_file():
+            files = json.loads(record.read_text(encoding="utf-8"))["files"]
+            if all((checkpoint / n).is_file() and file_digest(checkpoint / n) == h for n, h in files.items()):
+                return checkpoint
+    return None
+
+
+class LMTrainer(Trainer):
+    """Language modelling by next-token cross-entropy on a :class:`ScheduledBlocks` feed.
+
+    Validation is bits per byte per language; the best checkpoint (if the spec selects one) is that with the lowest
+    mean over languages. ``records`` holds one row per step and per validation.
+    """
+
+    def __init__(
+        self, spec: TrainSpec, feed: ScheduledBlocks, validation: Sequence[ValidationSet], folder: Path,
+        model: PreTrainedModel,
+    ) -> None:
+        every = spec.steps // spec.evaluations
+        arguments = TrainingArguments(
+            output_dir=str(folder), max_steps=spec.steps, per_device_train_batch_size=spec.batch_size,
+            learning_rate=spec.learning_rate, weight_decay=spec.weight_decay, optim="adamw_torch_fused",
+            lr_scheduler_type="cosine" if spec.lr_schedule == "cosine" else "constant_with_warmup",
+            warmup_steps=max(1, round(spec.warmup * spec.steps)), bf16=spec.dtype == "bfloat16",
+            use_cpu=not torch.cuda.is_available(), seed=spec.seed, logging_strategy="no", report_to="none",
+            eval_strategy="steps", eval_steps=every, save_strategy="steps", save_steps=every, save_total_limit=2,
+            load_best_model_at_end=spec.select_best, metric_for_best_model="eval_loss", greater_is_better=False,
+            remove_unused_columns=False, dataloader_pin_memory=False, disable_tqdm=True, save_only_model=False,
+        )
+        super().__init__(
+            model=model, args=arguments, train_dataset=feed, eval_dataset=list(validation), data_collator=_as_is
+        )
+        # Our loss is a mean over the micro-batch, so the Trainer must average it over accumulation steps.
+        self.model_accepts_loss_kwargs = False
+        self.spec = spec
+        self.feed = feed
+        self.network = model
+        self.validation = validation
+        self.records: list[dict[str, float]] = []
+        self.add_callback(_Records(self, folder / "progress"))
+        if spec.snapshots:
+            self.add_callback(_Snapshots(spec.snapshots))
+        self._quiet()
+
+    def _quiet(self) -> None:
+        from transformers.trainer_callback import PrinterCallback
+
+        self.remove_callback(PrinterCallback)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(self.feed)  # the schedule is the order
+
+    def compute_loss(
+        self, model: Any, inputs: Mapping[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        logits = _logits(model, inputs["input_ids"], inputs["languages"])
+        loss = shifted_ce(logits, inputs["input_ids"])
+        if model.training:
+            self.record(loss=loss.item())
+        return (loss, logits) if return_outputs else loss
+
+    def record(self, **values: float) -> None:
+        """Append a row for the step under way."""
+        self.records.append({"step": self.state.global_step + 1, **values})
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Validation bits per byte: per language, and their mean as ``eval_loss``."""
+        self.network.eval()
+        order = {language: i for i, language in enumerate(self.spec.model.experts or self.spec.languages)}
+        scores = {v.language: v.bits_per_byte(self.network, order.get(v.language, 0)) for v in self.validation}
+        self.network.train()
+        own = [value for language, value in scores.items() if language in self.spec.languages]
+        metrics = {f"eval_{language}": value for language, value in scores.items()}
+        metrics["eval_loss"] = float(np.mean(own))
+        self.records.append({
+            "step": self.state.global_step, "val_mean": metrics["eval_loss"],
+            **{f"val_{language}": value for language, value in scores.items()},
+        })
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def restore_records(self, checkpoint: Path) -> None:
+        """Take up the records of a checkpoint before resuming from it."""
+        self.records = json.loads((checkpoint / RECORDS).read_text(encoding="utf-8"))["records"]
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # As in the parent, without training_args.bin: it is a pickle, and the spec already says all it holds.
+        save_model(self.network, Path(output_dir or str(self.args.output_dir)), state_dict)
+
+
+class KDTrainer(LMTrainer):
+    """Distillation: α·CE + β·divergence to a teacher whose last hidden states come with the batch.
+
+    The teacher's logits are rebuilt by one product with its output matrix ``head`` ``[V, H]``. α and β follow the
+    objective's strategy; a term whose weight is known to be zero is not computed.
+    """
+
+    def __init__(self, *args: Any, head: Tensor, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.spec.objective is None:
+            raise MomeError("A distillation run needs an objective: give one, or train without a teacher.")
+        self.objective: Objective = self.spec.objective
+        self.alpha = make_alpha(self.objective, self.spec.steps)
+        self.head = head
+
+    def compute_loss(
+        self, model: Any, inputs: Mapping[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        ids = inputs["input_ids"]
+        logits = _logits(model, ids, inputs["languages"])
+        wants_ce, wants_kd = needs(self.objective, self.state.global_step)
+        zero = logits.new_zeros(())
+        ce = shifted_ce(logits, ids) if wants_ce else zero
+        kd = zero
+        if wants_kd:
+            # The states' last position predicts a token beyond the block; the product is made in their own type.
+            with torch.no_grad():
+                teacher = inputs["teacher_states"] @ self.head.to(inputs["teacher_states"]).T
+            kd = shifted_divergence(self.objective.divergence, logits, teacher, ids, self.objective.temperature)
+        alpha, beta = self.alpha.weights(self.state.global_step, ce.item(), kd.item())
+        loss = alpha * ce + beta * kd
+        nan = float("nan")
+        self.record(
+            loss=loss.item(), ce=ce.item() if wants_ce else nan, kd=kd.item() if wants_kd else nan, alpha=alpha
+        )
+        return (loss, logits) if return_outputs else loss
+
+    def restore_records(self, checkpoint: Path) -> None:
+        super().restore_records(checkpoint)
+        for row in self.records:  # the strategy's state is a function of the losses it has seen
+            if "alpha" in row:
+                ce, kd = (0.0 if np.isnan(row[k]) else row[k] for k in ("ce", "kd"))
+                self.alpha.weights(int(row["step"]) - 1, ce, kd)
+
+
+def vocabulary_bytes(tokenizer: Any) -> Tensor:
+    """Bytes that each token of a byte-level vocabulary stands for ``[V]``; 0 for special tokens."""
+    special = set(tokenizer.all_special_ids)
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    return torch.tensor([0 if i in special else len(token) for i, token in enumerate(tokens)])
+
+
+def load_gpt2(folder: Path) -> GPT2LMHeadModel:
+    """A finished run's GPT-2 in float32."""
+    return GPT2LMHeadModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
