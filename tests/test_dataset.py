@@ -47,12 +47,15 @@ def test_building_twice_gives_the_same(data: StudyData, tmp_path: Path) -> None:
             assert (again.block_array(split, code) == data.block_array(split, code)).all()
 
 
-@pytest.mark.parametrize("change", [{"max_diff_percent": 9.0}, {"block_size": 40}, {"vocab_size": 420}])
-def test_the_fingerprint_follows_what_decides_the_data(
-    data: StudyData, tmp_path: Path, change: dict[str, int]
-) -> None:
-    build_dataset(CORPUS, dataclasses.replace(PROFILE, **change), tmp_path / "other")
-    assert StudyData.load(tmp_path / "other").fingerprint != data.fingerprint
+def test_the_fingerprint_follows_what_decides_the_data(tmp_path: Path) -> None:
+    corpus = load_corpus(topics=6)
+    base = dataclasses.replace(PROFILE, max_diff_percent=60.0)
+    changes = [{}, {"max_diff_percent": 61.0}, {"block_size": 40}, {"vocab_size": 420}, {"teacher_lr": 1.0}]
+    found = []
+    for number, change in enumerate(changes):
+        build_dataset(corpus, dataclasses.replace(base, **change), tmp_path / str(number))
+        found.append(StudyData.load(tmp_path / str(number)).fingerprint)
+    assert len(set(found)) == 4 and found[-1] == found[0], "a learning rate does not concern the data"
 
 
 def test_no_topic_is_in_two_splits(data: StudyData) -> None:

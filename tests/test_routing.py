@@ -22,7 +22,10 @@ from sklearn.svm import LinearSVC
 
 from mome_utils.artifacts import file_digest
 from mome_utils.bakeoff import (
+    NAMES,
+    PUBLISHED,
     assign_folds,
+    bake_off,
     classifiers,
     confusion_counts,
     cross_validate,
@@ -486,6 +489,17 @@ def test_cross_validation_repeats_exactly_and_by_seed(real):
     assert not first["fold"].equals(other["fold"])
     both = pd.concat(runs[1:], ignore_index=True)
     assert f1_interval(both, "sgd").seeds == 2 and set(classifiers(0)) >= {"logistic_regression", "knn"}
+
+
+def test_the_bake_off_holds_all_classifiers_and_the_features_as_released(real):
+    _, blocks, topics = real
+    few = {name: sequences[:60] for name, sequences in blocks.items()}
+    rows = bake_off(few, {name: topics[name][:60] for name in few}, 700, seeds=(0, 1), folds=2)
+    assert set(rows["classifier"]) == {*classifiers(0), PUBLISHED} == set(NAMES)
+    per_run = rows.groupby(["seed", "classifier"])[["language", "sequence"]].apply(lambda r: r.duplicated().any())
+    assert len(per_run) == 14 and not per_run.any()
+    first = rows.iloc[0]
+    assert topics[first["language"]][first["sequence"]] == first["topic"]
 
 
 def test_cross_validation_refuses_what_it_cannot_do():

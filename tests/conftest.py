@@ -1,0 +1,79 @@
+"""One whole smoke study for all tests that need one."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from mome_utils.artifacts import file_digest
+from mome_utils.runner import Request, run_study
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class SmokeStore:
+    """The results of a finished ``mome study --profile smoke``.
+
+    Attributes:
+        artifacts: what MOME_ARTIFACTS has to name to use them.
+        folder: the profile's folder below it.
+        shown: what the run told its user.
+        changed: tracked files of the checkout that the run changed.
+    """
+
+    artifacts: Path
+    folder: Path
+    shown: str
+    changed: tuple[str, ...]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--smoke-artifacts", metavar="FOLDER",
+                     help="keep the smoke study here and go on from what is there (default: a new temporary folder)")
+
+
+@pytest.fixture(scope="session")
+def smoke_store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SmokeStore:
+    """Runs the study at ``smoke`` once, as a user would, into a folder of its own. Read only: see smoke_copy."""
+    kept = request.config.getoption("--smoke-artifacts")
+    artifacts = Path(kept).resolve() if kept else tmp_path_factory.mktemp("artifacts")
+    before = _tracked_files()
+    stream = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOME_ARTIFACTS", str(artifacts))
+        patch.chdir(ROOT)
+        run_study(Request(profile="smoke"), root=ROOT, stream=stream)
+    after = _tracked_files()
+    changed = tuple(sorted(name for name in before | after if before.get(name) != after.get(name)))
+    return SmokeStore(artifacts, artifacts / "smoke", stream.getvalue(), changed)
+
+
+@pytest.fixture
+def use_smoke_store(smoke_store: SmokeStore, monkeypatch: pytest.MonkeyPatch) -> SmokeStore:
+    """The finished smoke study as the store that ``Study.open`` finds. Do not change it."""
+    monkeypatch.setenv("MOME_ARTIFACTS", str(smoke_store.artifacts))
+    monkeypatch.chdir(ROOT)
+    return smoke_store
+
+
+@pytest.fixture
+def smoke_copy(smoke_store: SmokeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the finished smoke study to work in, as the store that ``Study.open`` finds."""
+    copy = tmp_path / "artifacts"
+    shutil.copytree(smoke_store.folder, copy / "smoke")
+    monkeypatch.setenv("MOME_ARTIFACTS", str(copy))
+    monkeypatch.chdir(ROOT)
+    return copy
+
+
+def _tracked_files() -> dict[str, str]:
+    """Content of every file that git tracks here; nothing outside a checkout."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    names = listed.stdout.split("\0") if listed.returncode == 0 else []
+    return {name: file_digest(ROOT / name) for name in names if (ROOT / name).is_file()}

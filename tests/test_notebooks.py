@@ -1,0 +1,169 @@
+"""The notebooks: how they are written, and that all of them run, together, alone, with every solution."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import io
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import papermill
+import pytest
+from conftest import ROOT, SmokeStore
+
+from mome_utils.publish import merge_outputs
+from mome_utils.records import is_skipped, tags
+from mome_utils.runner import CellFailed, Request, read_notebook, run_notebook, run_study
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+COMMON = ["profile", "corpus", "languages", "seeds", "overrides"]
+SMOKE = Request(profile="smoke")
+
+
+def code_cells(path: Path) -> list[nbformat.NotebookNode]:
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+
+
+# --- how they are written
+
+
+def test_the_six_of_the_study_are_there() -> None:
+    names = [path.stem for path in NOTEBOOKS]
+    assert [name[:2] for name in names] == [f"{n:02d}" for n in range(1, len(names) + 1)]
+    assert names[:6] == ["01_dataset_creation", "02_teacher_training", "03_kd_alpha_comparison",
+                         "04_router_bakeoff", "05_moe_variants", "06_forgetting_curves"]
+
+
+@each_notebook
+def test_every_parameter_is_typed_and_explained(path: Path) -> None:
+    assert [tags(cell) for cell in code_cells(path)].count({"parameters"}) == 1
+    parameters = papermill.inspect_notebook(path)
+    assert list(parameters)[:5] == COMMON
+    for name, parameter in parameters.items():
+        assert parameter["inferred_type_name"] not in ("None", ""), name
+        assert len(parameter["help"]) > 10, name
+
+
+@each_notebook
+def test_form(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert (notebook.nbformat, notebook.nbformat_minor) >= (4, 5)
+    assert notebook.metadata.kernelspec.name == "python3"
+    first = notebook.cells[0]
+    assert first.cell_type == "markdown" and first.source.startswith("# ") and "?" in first.source
+    runs = [cell for cell in code_cells(path) if not is_skipped(cell)]
+    assert runs[-1].source.rstrip().endswith("study.finish()")
+    for cell in code_cells(path):
+        assert len(cell.source.splitlines()) <= 25, cell.source
+    for cell in runs:
+        defined = [node for node in ast.parse(cell.source).body
+                   if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))]
+        assert not defined, f"a helper belongs into the package: {cell.source}"
+
+
+@each_notebook
+def test_every_exercise_has_a_folded_solution(path: Path) -> None:
+    cells = nbformat.read(path, as_version=4).cells
+    exercises = [cell for cell in cells if "exercise" in tags(cell)]
+    solutions = [cell for cell in cells if "solution" in tags(cell)]
+    assert len(exercises) >= 2
+    assert len(solutions) >= 2
+    for cell in solutions:
+        if cell.cell_type == "code":
+            assert cell.metadata.get("jupyter", {}).get("source_hidden") is True
+
+
+# --- the study as a whole
+
+
+def test_the_study_runs_every_notebook(smoke_store: SmokeStore) -> None:
+    for number, path in enumerate(NOTEBOOKS, 1):
+        assert f"[{number}/{len(NOTEBOOKS)}] {path.stem}: " in smoke_store.shown
+        assert (smoke_store.folder / "notebooks" / path.name).is_file()
+        assert (smoke_store.folder / "results" / path.stem / "manifest.json").is_file()
+
+
+def test_a_smoke_run_changes_no_tracked_file(smoke_store: SmokeStore) -> None:
+    assert smoke_store.changed == ()
+
+
+def test_a_second_run_has_nothing_to_do(use_smoke_store: SmokeStore) -> None:
+    stream = io.StringIO()
+    assert run_study(SMOKE, root=ROOT, stream=stream) == 0
+    assert stream.getvalue().count("up to date") == len(NOTEBOOKS)
+
+
+@each_notebook
+def test_what_a_run_shows_could_be_published(path: Path, smoke_store: SmokeStore) -> None:
+    executed = read_notebook(smoke_store.folder / "notebooks" / path.name)
+    places = [str(ROOT), str(smoke_store.artifacts), sys.prefix]
+    merged = merge_outputs(read_notebook(path), executed, path.name, places)
+    images = [output for cell in merged["cells"] for output in cell.get("outputs", ())
+              if "image/png" in output.get("data", {})]
+    assert images
+    for image in images:
+        assert len(image["metadata"]["image/png"].get("alt", "")) > 10
+
+
+# --- one notebook alone
+
+
+def run_alone(path: Path, output: Path, **options: Any) -> nbformat.NotebookNode:
+    run_notebook(path, output, SMOKE.parameters(), root=ROOT, **options)
+    return nbformat.read(output, as_version=4)
+
+
+@each_notebook
+def test_every_solution_runs(path: Path, smoke_copy: Path, tmp_path: Path) -> None:
+    done = run_alone(path, tmp_path / path.name, skip=lambda cell: "exercise" in tags(cell))
+    solutions = [cell for cell in done.cells if "solution" in tags(cell) and cell.cell_type == "code"]
+    assert solutions
+    assert all(cell.execution_count for cell in solutions)
+
+
+def test_plain_papermill_from_another_folder(smoke_copy: Path, tmp_path: Path) -> None:
+    environment = dict(os.environ)
+    if not any(importlib.metadata.distributions(name="mome-utils")):
+        environment["PYTHONPATH"] = str(ROOT)  # tested without having been installed
+    out = tmp_path / "out.ipynb"
+    command = [sys.executable, "-m", "papermill", str(ROOT / "notebooks" / "02_teacher_training.ipynb"), str(out),
+               "-p", "profile", "smoke", "--no-progress-bar"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "injected-parameters" in out.read_text(encoding="utf-8")
+    assert not (tmp_path / "data").exists()
+
+
+def test_help_of_a_notebook_reads_like_documentation() -> None:
+    command = [sys.executable, "-m", "papermill", "--help-notebook", str(NOTEBOOKS[0])]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert 'profile: str (default "laptop")' in shown
+    assert "smoke" in shown
+    assert "Unknown type" not in shown
+
+
+@pytest.mark.parametrize(("present", "named"), [
+    ([], "01_dataset_creation"), (["dataset"], "02_teacher_training"),
+    (["dataset", "runs", "teacher_states"], "04_router_bakeoff"),
+])
+def test_a_notebook_names_the_one_to_run_first(
+    present: list[str], named: str, smoke_store: SmokeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for stage in present:
+        shutil.copytree(smoke_store.folder / stage, tmp_path / "artifacts" / "smoke" / stage)
+    monkeypatch.setenv("MOME_ARTIFACTS", str(tmp_path / "artifacts"))
+    path = ROOT / "notebooks" / "05_moe_variants.ipynb"
+    with pytest.raises(CellFailed) as failure:
+        run_alone(path, tmp_path / path.name)
+    sentence = str(failure.value).splitlines()[0]
+    assert sentence.endswith(f"run notebooks/{named}.ipynb first.")
+    assert "MissingArtifact" in sentence
