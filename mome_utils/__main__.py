@@ -73,11 +73,13 @@ def _dataset(options: argparse.Namespace) -> int:
     from mome_utils.study import project_root
 
     corpus = load_corpus(_corpus(options.corpus), _items(options.langs) or None, root=project_root())
-    create_resource(
+    manifest = create_resource(
         corpus, max_diff_percent=options.max_diff_percent, common=options.common,
         vocab_size=options.vocab_size, out=options.out, seed=options.seed,
     )
-    print(f"The data set is in {options.out}.")
+    reached = max(value for split, value in manifest["difference_percent"].items() if split != "asked")
+    codes = ", ".join(corpus.languages)
+    print(f"The data set is in {options.out}: {codes}, at most {reached:.1f} % apart in tokens.")
     return 0
 
 

@@ -79,8 +79,6 @@ class MomeForCausalLM(GPT2PreTrainedModel, GenerationMixin):
     config_class = MomeConfig
     config: MomeConfig  # type: ignore[assignment]
     base_model_prefix = ""
-    # TF-IDF sums lose whole tokens in half precision.
-    _keep_in_fp32_modules_strict = ["router"]
 
     def __init__(self, config: MomeConfig) -> None:
         super().__init__(config)

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from IPython.display import DisplayHandle, Image, Markdown, display
+from IPython.display import Image, Markdown, display
 
 from mome_utils.artifacts import Store, digest, file_digest, source_digest, write_atomic
 from mome_utils.config import MomeError, Profile, load_profile
 from mome_utils.corpus import Corpus, load_corpus
+from mome_utils.display import SweepProgress, markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -180,7 +181,7 @@ class Study:
         loaded = len(set(keys)) - len(todo)
         if todo:
             jobs = [(spec, self.store.root, self.data().path) for spec in todo.values()]
-            with _Progress(list(todo), self.store.root / STAGE) as progress:
+            with SweepProgress(list(todo), self.store.root / STAGE) as progress:
                 in_parallel(train_job, jobs, workers=min(self.profile.jobs, len(jobs)), watch=progress.update)
         runs = [
             train_or_load(spec, self.store, self.data()) if key not in todo  # checked against its hashes
@@ -329,7 +330,7 @@ class Study:
         for column in shown.select_dtypes("number").columns:
             if not pd.api.types.is_integer_dtype(shown[column]):
                 shown[column] = shown[column].map(lambda v: "" if pd.isna(v) else f"{v:.{digits}f}")
-        display(Markdown(_markdown(shown if isinstance(shown.index, pd.RangeIndex) else shown.reset_index())))
+        display(Markdown(markdown_table(shown if isinstance(shown.index, pd.RangeIndex) else shown.reset_index())))
         if caption:
             display(Markdown(f"*{caption}*"))
 
@@ -374,41 +375,3 @@ class Study:
         write_atomic(target, json.dumps(json.loads(canonical_json(record)), indent=1) + "\n")
         names = ", ".join(self._tables) or "no tables"
         display(Markdown(f"Saved for the notebooks that follow: {names}."))
-
-
-def _markdown(table: pd.DataFrame) -> str:
-    """A data frame as a Markdown table, numbers to the right."""
-    numeric = [pd.to_numeric(table[c], errors="coerce").notna().any() for c in table.columns]
-    lines = [[str(c) for c in table.columns], ["---:" if n else "---" for n in numeric]]
-    lines += [[str(value).replace("|", "\\|") for value in row] for row in table.itertuples(index=False)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-class _Progress:
-    """One line that tells how far a sweep is; it keeps no timings, so an executed notebook is reproducible."""
-
-    def __init__(self, keys: Sequence[str], folder: Path) -> None:
-        self.keys = keys
-        self.folder = folder
-        self.handle = DisplayHandle()
-        self.shown = f"{len(keys)} runs to train"
-
-    def __enter__(self) -> _Progress:
-        self.handle.display(Markdown(f"*{self.shown}.*"))
-        return self
-
-    def _show(self, text: str) -> None:
-        if text != self.shown:
-            self.shown = text
-            self.handle.update(Markdown(f"*{text}.*"))
-
-    def update(self, finished: int) -> None:
-        """Show the runs that are done and the steps of those under way."""
-        steps = [p.read_text(encoding="utf-8") for key in self.keys
-                 if (p := self.folder / f"{key}.unfinished" / "progress").is_file()]
-        under_way = f"; under way: step {', '.join(s for s in steps if s)}" if steps else ""
-        self._show(f"{finished} of {len(self.keys)} runs trained{under_way}")
-
-    def __exit__(self, *error: object) -> None:
-        if error[0] is None:
-            self._show(f"{len(self.keys)} runs trained")

@@ -76,7 +76,7 @@ def gradients(model, ids, routes) -> dict[str, torch.Tensor | None]:
 # ------------------------------------------------------------------------------------------ routing
 
 
-@examples(max_examples=12, deadline=None)
+@examples(max_examples=8, deadline=None)
 @given(routes=st.lists(st.integers(0, 3), min_size=1, max_size=7))
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_mixed_batch_equals_one_sequence_at_a_time(variant, routes):
