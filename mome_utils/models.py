@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mome_utils.config import Shape
 
-__all__ = ["build_gpt2", "gpt2_config", "parameter_count"]
+__all__ = ["build_gpt2", "gpt2_config", "parameter_count", "scale_projection"]
+
+#: Blocks up to this many tokens use plain attention.
+SHORT_BLOCK = 256
 
 
 def gpt2_config(shape: Shape, *, vocab_size: int, block_size: int, bos: int, eos: int) -> GPT2Config:
     """Configuration of a GPT-2 decoder (Radford et al., 2019) of the given shape.
 
     Dropout is off: runs are short, and a run must depend on its seed alone. ``gelu_pytorch_tanh`` is GPT-2's own
-    activation in its fused form. Input embedding and output projection are tied, as in GPT-2.
+    activation in its fused form. Input embedding and output projection are tied, as in GPT-2. Attention is fused
+    except for short blocks, where the plain products are faster to differentiate on a processor.
     """
-    return GPT2Config(
+    make: Any = GPT2Config  # the base class takes more than its generated signature says
+    config: GPT2Config = make(
+        attn_implementation="eager" if block_size <= SHORT_BLOCK else "sdpa",
         vocab_size=vocab_size, n_positions=block_size, n_embd=shape.width, n_layer=shape.layers, n_head=shape.heads,
         activation_function="gelu_pytorch_tanh", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         bos_token_id=bos, eos_token_id=eos, pad_token_id=eos,
     )
+    return config
 
 
 def build_gpt2(shape: Shape, *, vocab_size: int, block_size: int, seed: int, bos: int, eos: int) -> GPT2LMHeadModel:
@@ -29,7 +39,20 @@ def build_gpt2(shape: Shape, *, vocab_size: int, block_size: int, seed: int, bos
     config = gpt2_config(shape, vocab_size=vocab_size, block_size=block_size, bos=bos, eos=eos)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return GPT2LMHeadModel(config)
+        model = GPT2LMHeadModel(config)
+        scale_projection(model.transformer.wte.weight)  # tied: the output projection too
+    return model
+
+
+def scale_projection(weight: torch.Tensor) -> None:
+    """Draw an embedding or output projection ``[V, H]`` anew, so that logits start at the same size at any width.
+
+    GPT-2 uses a standard deviation of 0.02 whatever the width; its final layer norm has unit variance, so initial
+    logits have one of 0.02·√H. That suits the paper's teacher (H = 1024); a hundred features start with logits so
+    small that hundreds of steps pass before the embedding learns. Keeping 0.02·√1024 for every H is the scaling by
+    width of Yang et al., arXiv 2203.03466.
+    """
+    torch.nn.init.normal_(weight, std=0.02 * math.sqrt(1024 / weight.shape[1]))
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -35,7 +35,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Block, GPT2PreTrainedMode
 from transformers.utils.generic import can_return_tuple
 
 from mome_utils.config import MomeError, Shape
-from mome_utils.models import gpt2_config
+from mome_utils.models import gpt2_config, scale_projection
 from mome_utils.moe_config import COMMON, VARIANTS, MomeCache, MomeConfig
 from mome_utils.routing import TokenRouter
 
@@ -333,13 +333,23 @@ def build_mome(
     Raises:
         MomeError: as `MomeConfig`.
     """
-    config = MomeConfig(
+    expert = gpt2_config(shape, vocab_size=vocab_size, block_size=block_size, bos=bos, eos=eos)
+    make: Any = MomeConfig  # the base class takes more than its generated signature says
+    config = make(
         variant=variant, languages=list(languages), bos_token_id=bos, eos_token_id=eos, pad_token_id=eos,
-        expert=gpt2_config(shape, vocab_size=vocab_size, block_size=block_size, bos=bos, eos=eos),
+        expert=expert, attn_implementation=expert._attn_implementation,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return MomeForCausalLM(config)
+        model = MomeForCausalLM(config)
+        if variant == "ple":
+            for part in model.experts:
+                if isinstance(part, GPT2LMHeadModel):
+                    scale_projection(part.transformer.wte.weight)
+        else:
+            scale_projection(model.wte.weight)
+            scale_projection(model.lm_head.weight)
+    return model
 
 
 def _function_of(config: GPT2Config) -> dict[str, Any]:

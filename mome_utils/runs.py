@@ -54,7 +54,7 @@ def run_modules(spec: TrainSpec) -> tuple[str, ...]:
     if spec.objective is not None:
         names.append("distillation")
     if spec.model.kind != "gpt2":
-        names += ["moe", "routing"]
+        names += ["moe", "moe_config", "routing"]
     return tuple(f"mome_utils.{name}" for name in names)
 
 

@@ -235,6 +235,7 @@ class LMTrainer(Trainer):
         arguments = TrainingArguments(
             output_dir=str(folder), max_steps=spec.steps, per_device_train_batch_size=spec.batch_size,
             learning_rate=spec.learning_rate, weight_decay=spec.weight_decay, optim="adamw_torch_fused",
+            adam_beta2=0.95,  # a short memory suits short runs
             lr_scheduler_type="cosine" if spec.lr_schedule == "cosine" else "constant_with_warmup",
             warmup_steps=max(1, round(spec.warmup * spec.steps)), bf16=spec.dtype == "bfloat16",
             use_cpu=not torch.cuda.is_available(), seed=spec.seed, logging_strategy="no", report_to="none",

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import io
+import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -13,13 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import pandas as pd
 import papermill
 import pytest
+import torch
 from conftest import ROOT, SmokeStore
+from transformers import AutoModelForCausalLM
 
 from mome_utils.publish import merge_outputs
 from mome_utils.records import is_skipped, tags
 from mome_utils.runner import CellFailed, Request, read_notebook, run_notebook, run_study
+from mome_utils.study import Study
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -112,6 +118,34 @@ def test_what_a_run_shows_could_be_published(path: Path, smoke_store: SmokeStore
     assert images
     for image in images:
         assert len(image["metadata"]["image/png"].get("alt", "")) > 10
+
+
+def test_a_random_score_is_what_its_saved_model_says(use_smoke_store: SmokeStore) -> None:
+    """Any row of any score table, computed again from the saved weights, window by window in float64."""
+    choice = random.Random()
+    tables = [path.parent for path in sorted(use_smoke_store.folder.glob("scores/*/manifest.json"))
+              if {"run", "step"} <= json.loads(path.read_text(encoding="utf-8"))["parameters"].keys()]
+    table = choice.choice(tables)
+    made = json.loads((table / "manifest.json").read_text(encoding="utf-8"))["parameters"]
+    row = pd.read_parquet(table / "rows.parquet").sample(1, random_state=choice.randrange(10**6)).iloc[0]
+    run = use_smoke_store.folder / "runs" / made["run"]
+    assert json.loads((run / "config.json").read_text(encoding="utf-8"))["model_type"] == "gpt2"
+    model = AutoModelForCausalLM.from_pretrained(run / f"snapshots/step-{made['step']:06d}" if made["step"] else run)
+    study = Study.open("", profile="smoke", quiet=True)
+    documents = study.data().documents(made["split"], row["language"])
+    text = next(document.text for document in documents if document.id == row["document"])
+    ids = study.data().tokenizer(f"<s>{text}", return_tensors="pt")["input_ids"]
+    assert ids[0, 0] == study.data().tokenizer.bos_token_id and ids[0, 1] != ids[0, 0]
+    size, stride, nats, scored = study.profile.block_size, study.profile.stride, 0.0, 1
+    for start in range(0, ids.shape[1], stride):
+        end = min(start + size, ids.shape[1])
+        with torch.no_grad():
+            log_p = model.double()(input_ids=ids[:, start:end]).logits[0].log_softmax(-1)
+        nats -= sum(float(log_p[t - 1 - start, ids[0, t]]) for t in range(scored, end))
+        scored = max(scored, end)
+    assert row["nats"] == pytest.approx(nats, rel=1e-4), f"{table.name}: {row.to_dict()}"
+    assert row["bytes"] == len(text.encode())
+    assert row["tokens"] == ids.shape[1] - 1
 
 
 # --- one notebook alone
