@@ -314,7 +314,7 @@ def _keep_record(folder: Path, notebook: Path, record: Record) -> None:
         )
     touched = json.loads(path.read_text(encoding="utf-8"))
     before = read_record(record_path(folder, notebook))
-    first = max(record.seconds, touched["run_seconds"])
+    first = record.seconds + touched["run_seconds"]
     if before is not None and (before.code, before.parameters) == (record.code, record.parameters):
         first = max(first, before.first_run)  # the last run found results that an earlier one had made
     complete = dataclasses.replace(record, manifests=touched["manifests"], first_run=first)

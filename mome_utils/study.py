@@ -70,8 +70,8 @@ class Study:
     store: Store
     #: Manifests read or made so far, relative to the store, with their SHA-256: what staleness is judged by.
     touched: dict[str, str] = field(default_factory=dict)
-    #: Seconds of training behind the runs this notebook used, whether trained now or loaded.
-    run_seconds: float = 0.0
+    #: Seconds of training behind each run, 0 for those trained by this notebook, by manifest.
+    loaded: dict[str, float] = field(default_factory=dict)
     _tables: dict[str, pd.DataFrame] = field(default_factory=dict)
     _data: StudyData | None = None
 
@@ -190,7 +190,10 @@ class Study:
         ]
         for run in {run.key: run for run in runs}.values():
             self.touch(run.folder)
-            self.run_seconds += float(run.metrics["seconds"]) / self.profile.jobs
+            trained = run.key in todo
+            # Zero for what was trained here: the notebook's own time already holds it, also when asked again.
+            seconds = 0.0 if trained else float(run.metrics["seconds"]) / self.profile.jobs
+            self.loaded.setdefault(self._name(run.folder), seconds)
         if not todo:
             display(Markdown(f"*{loaded} runs loaded from the store.*"))
         return runs
@@ -356,8 +359,19 @@ class Study:
 
     def touch(self, folder: Path) -> None:
         """Note that this notebook read or made the result in ``folder``."""
-        manifest = folder / "manifest.json"
-        self.touched[manifest.relative_to(self.store.root).as_posix()] = file_digest(manifest)
+        self.touched[self._name(folder)] = file_digest(folder / "manifest.json")
+
+    def _name(self, folder: Path) -> str:
+        """A result's manifest, relative to the store."""
+        return (folder / "manifest.json").relative_to(self.store.root).as_posix()
+
+    def _first_run_seconds(self) -> float:
+        """What a first run would have spent on training beyond this one: loaded runs that no notebook before uses."""
+        earlier: set[str] = set()
+        for record in (self.store.root / "notebooks").glob("*.touched.json"):
+            if record.name < f"{self.notebook}.touched.json":
+                earlier |= json.loads(record.read_text(encoding="utf-8"))["manifests"].keys()
+        return sum(seconds for name, seconds in self.loaded.items() if name not in earlier)
 
     def finish(self) -> None:
         """Write the result tables, and what this notebook touched; the last cell of every notebook."""
@@ -368,9 +382,8 @@ class Study:
         ) as result:
             for name, table in self._tables.items():
                 table.to_parquet(result.folder / f"{name}.parquet", index=False)
-            result.metrics["run_seconds"] = round(self.run_seconds, 1)
         self.touch(self.store.path("results", self.notebook))
-        record = {"notebook": self.notebook, "manifests": self.touched, "run_seconds": self.run_seconds}
+        record = {"notebook": self.notebook, "manifests": self.touched, "run_seconds": self._first_run_seconds()}
         target = self.store.root / "notebooks" / f"{self.notebook}.touched.json"
         write_atomic(target, json.dumps(json.loads(canonical_json(record)), indent=1) + "\n")
         names = ", ".join(self._tables) or "no tables"

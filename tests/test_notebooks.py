@@ -186,8 +186,8 @@ def test_help_of_a_notebook_reads_like_documentation() -> None:
 
 
 @pytest.mark.parametrize(("present", "named"), [
-    ([], "01_dataset_creation"), (["dataset"], "02_teacher_training"),
-    (["dataset", "runs", "teacher_states"], "04_router_bakeoff"),
+    ([], "01_dataset_creation"), (["dataset"], "04_router_bakeoff"),
+    (["dataset", "router"], "02_teacher_training"),
 ])
 def test_a_notebook_names_the_one_to_run_first(
     present: list[str], named: str, smoke_store: SmokeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -102,7 +102,7 @@ def test_runs_in_order_with_this_interpreter_then_skips_all(study: Callable[...,
     record = read_record(runner.record_path(request(root).resolve()[1], Path("02_second.ipynb")))
     assert record is not None
     assert 0 < record.seconds < 60
-    assert record.first_run == 1000.0
+    assert 1000 < record.first_run < 1060  # its own time and that of the training it found done
 
 
 def test_stops_at_a_failing_cell_and_goes_on_from_there(study: Callable[..., Path]) -> None:
