@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import joblib
@@ -30,28 +30,33 @@ def in_parallel(
     """``[function(*job) for job in jobs]``, ``workers`` at a time through joblib, in order.
 
     Any joblib backend serves (``joblib.parallel_config``): processes here, Dask or Ray on a cluster by
-    configuration alone. One worker means this process. ``watch(finished)`` is called every ``pause`` seconds.
-    The first error stops the sweep; finished jobs have saved their results.
+    configuration alone. One worker means this process and this thread. ``watch(finished)`` is called every
+    ``pause`` seconds (with one worker: after each job). The first error, or an interruption, stops the sweep and its
+    workers; finished jobs have saved their results.
     """
     results: list[Any] = []
-    errors: list[BaseException] = []
+    if workers <= 1:
+        for job in jobs:
+            results.append(function(*job))
+            if watch is not None:
+                watch(len(results))
+        return results
+    done = Event()
 
-    def work() -> None:
-        try:
-            parallel = joblib.Parallel(n_jobs=workers, return_as="generator")
-            for result in parallel(joblib.delayed(function)(*job) for job in jobs):
-                results.append(result)
-        except BaseException as error:  # handed to the caller's thread below
-            errors.append(error)
-
-    thread = Thread(target=work, daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(pause if watch is not None else None)
-        if watch is not None:
+    def look() -> None:
+        while watch is not None and not done.wait(pause):
             watch(len(results))
-    if errors:
-        raise errors[0]
+
+    Thread(target=look, daemon=True).start()
+    try:
+        # An error or an interruption closes this generator, and joblib then ends its workers.
+        parallel = joblib.Parallel(n_jobs=workers, return_as="generator")
+        for result in parallel(joblib.delayed(function)(*job) for job in jobs):
+            results.append(result)
+    finally:
+        done.set()
+    if watch is not None:
+        watch(len(results))
     return results
 
 
