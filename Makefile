@@ -1,6 +1,7 @@
 # make study [PROFILE=smoke|laptop|gpu|paper] [CORPUS=folder] [SEEDS=n]   runs the notebooks
 # make test                                                              checks everything
 # make lab                                                               opens JupyterLab
+# PYTHON=python3.11 chooses the interpreter that the environment is made with.
 PROFILE ?= laptop
 CORPUS ?= embedded
 SEEDS ?= 0
@@ -20,6 +21,7 @@ lab: .venv/.ready
 # The environment is made once, and again when what it consists of changes.
 .venv/.ready: pyproject.toml constraints.txt
 	@echo "making the environment in .venv (once, a few minutes)"
-	@$(PYTHON) -m venv .venv
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make study PYTHON=python3.11')"
+	@$(PYTHON) -m venv --clear .venv
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[lab,test]"
 	@touch $@

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mome_utils import __version__
-from mome_utils.config import MomeError, profile_names
+from mome_utils.config import MomeError, load_profile, profile_names
 
 __all__ = ["main", "parser"]
 
@@ -102,7 +102,7 @@ def _request(options: argparse.Namespace) -> Any:
 
 def _corpus(source: str) -> str:
     """A corpus folder as an absolute path: the notebooks run from another working directory."""
-    return source if source == "embedded" else str(Path(source).resolve())
+    return source if source == "embedded" else str(Path(source).expanduser().resolve())
 
 
 def _items(text: str) -> list[str]:
@@ -140,16 +140,17 @@ def parser() -> argparse.ArgumentParser:
     _common(status)
     status.set_defaults(command=_status)
 
+    study_defaults = load_profile("laptop")
     dataset = commands.add_parser("dataset", help="make a balanced, split, tokenized multilingual data set")
     dataset.add_argument("--langs", default="", metavar="EN,FR", help="language codes (default: all)")
-    dataset.add_argument("--max-diff-percent", type=float, default=5.0, metavar="P",
-                         help="no language has more than P %% more tokens than the smallest (default: 5)")
+    dataset.add_argument("--max-diff-percent", type=float, default=study_defaults.max_diff_percent, metavar="P",
+                         help="no language has more than P %% more tokens than the smallest (default: %(default)g)")
     dataset.add_argument("--common", action="store_true",
                          help="keep only documents that exist in every language, and keep them aligned")
     dataset.add_argument("--corpus", default="embedded", metavar="FOLDER",
                          help="folder with one .jsonl, .parquet or folder of .txt files per language")
-    dataset.add_argument("--vocab-size", type=int, default=4096, metavar="N",
-                         help="entries of the shared tokenizer (default: 4096)")
+    dataset.add_argument("--vocab-size", type=int, default=study_defaults.vocab_size, metavar="N",
+                         help="entries of the shared tokenizer (default: %(default)d, as in the laptop study)")
     dataset.add_argument("--seed", type=int, default=0, help="seed of splits and choices (default: 0)")
     dataset.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
     dataset.set_defaults(command=_dataset)

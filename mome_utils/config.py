@@ -7,6 +7,7 @@ result, so a profile (with its overrides) and a corpus determine every number of
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -192,6 +193,8 @@ def _convert(key: str, kind: str, value: Any) -> Any:
         number = float(value)
     except (TypeError, ValueError):
         raise complaint from None
+    if not math.isfinite(number):
+        raise complaint
     if kind.startswith("int"):
         if number != int(number):
             raise complaint

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -176,6 +177,8 @@ def run_study(
             overview.begin(plan)
             _open_record(folder, path)
             _touched_path(folder, path).unlink(missing_ok=True)
+            # Figures of an earlier run that this one does not draw must not be taken for its own.
+            shutil.rmtree(folder / "figures" / path.stem, ignore_errors=True)
             source = read_notebook(path)
             cells = run_notebook(
                 path, folder / "notebooks" / path.name, request.parameters(), root=root, on_cell=overview.cell

@@ -31,6 +31,8 @@ __all__ = ["Study", "artifacts_root", "project_root", "study_folder"]
 
 DATASET_MODULES = tuple(f"mome_utils.{m}" for m in ("corpus", "tokenization", "balance", "dataset"))
 SCORE_MODULES = ("mome_utils.evaluation",)
+#: What a verdict rests on besides the rows: a changed margin makes the notebooks that settle claims stale.
+CLAIM_MODULES = ("mome_utils.claims", "mome_utils.intervals")
 #: Profile fields that decide the data set, and so its key.
 DATASET_FIELDS = (
     "topics", "vocab_size", "block_size", "validation_fraction", "test_fraction", "max_diff_percent",
@@ -111,8 +113,12 @@ class Study:
 
     def _introduce(self) -> None:
         import torch
+        import transformers
 
         from mome_utils.training import resolve_dtype
+
+        # Bars that a library draws while it loads a model would stay in the notebook for good.
+        transformers.utils.logging.disable_progress_bar()
 
         device = "GPU" if torch.cuda.is_available() else "CPU"
         rows = [
@@ -348,7 +354,8 @@ class Study:
         table = verdict_table(effects)
         self._tables["claims"] = table
         shown = table.assign(effect=[
-            f"{row.estimate:+.4f} [{row.low:+.4f}, {row.high:+.4f}] {row.unit}" for row in table.itertuples()
+            "–" if pd.isna(row.estimate) else f"{row.estimate:+.4f} [{row.low:+.4f}, {row.high:+.4f}] {row.unit}"
+            for row in table.itertuples()
         ])
         self.table(shown[["claim", "statement", "effect", "margin", "verdict", "reason"]])
         return table
@@ -378,7 +385,8 @@ class Study:
         from mome_utils.artifacts import canonical_json
 
         with self.store.create(
-            "results", self.notebook, inputs=dict(self.touched), parameters=self.profile, modules=[]
+            "results", self.notebook, inputs=dict(self.touched), parameters=self.profile,
+            modules=CLAIM_MODULES if "claims" in self._tables else [],
         ) as result:
             for name, table in self._tables.items():
                 table.to_parquet(result.folder / f"{name}.parquet", index=False)

@@ -75,5 +75,7 @@ def smoke_copy(smoke_store: SmokeStore, tmp_path: Path, monkeypatch: pytest.Monk
 def _tracked_files() -> dict[str, str]:
     """Content of every file that git tracks here; nothing outside a checkout."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
-    names = listed.stdout.split("\0") if listed.returncode == 0 else []
+    if listed.returncode:
+        return {}  # not a checkout (a ZIP file, say): there is nothing that could be changed
+    names = listed.stdout.split("\0")
     return {name: file_digest(ROOT / name) for name in names if (ROOT / name).is_file()}

@@ -85,7 +85,7 @@ def test_bad_requests_of_a_study_are_refused_before_it_starts(
     assert "seeds" in complaint(capsys, *corpus, "texts", "--seeds", "-1")
     assert "no notebook '9'" in complaint(capsys, *corpus, "texts", "--only", "9,01")
     texts(checkout / "one", "en")
-    complaint(capsys, *corpus, "one")
+    assert "at least 2 languages" in complaint(capsys, *corpus, "one")
     texts(checkout / "empty", "en", "fr")
     (checkout / "empty" / "fr.jsonl").write_text("", encoding="utf-8")
     assert "fr" in complaint(capsys, *corpus, "empty")
@@ -124,11 +124,11 @@ def test_dataset_refuses_what_cannot_be_done(checkout: Path, capsys: pytest.Capt
     out = ["--out", "made"]
     assert "nowhere" in complaint(capsys, "dataset", "--corpus", "nowhere", *out)
     assert "xx" in complaint(capsys, "dataset", "--corpus", "texts", "--langs", "en,xx", *out)
-    complaint(capsys, "dataset", "--corpus", "texts", "--max-diff-percent", "-1", *out)
+    assert "max_diff_percent" in complaint(capsys, "dataset", "--corpus", "texts", "--max-diff-percent", "-1", *out)
     texts(checkout / "apart", "en", "fr")
     lines = (checkout / "apart" / "fr.jsonl").read_text(encoding="utf-8").replace('"t', '"u')
     (checkout / "apart" / "fr.jsonl").write_text(lines, encoding="utf-8")
-    complaint(capsys, "dataset", "--corpus", "apart", "--common", *out)
+    assert "No document id exists in all" in complaint(capsys, "dataset", "--corpus", "apart", "--common", *out)
     assert not (checkout / "made").exists()
 
 

@@ -33,6 +33,8 @@ def test_overrides_take_text_as_a_command_line_gives_it():
         ("colour", 1, "no field 'colour'"),
         ("block_size", "many", "needs a value of type int"),
         ("block_size", 0, "must be positive"),
+        ("topics", "nan", "needs a value of type int"),
+        ("teacher_lr", float("inf"), "needs a value of type float"),
         ("block_size", 1.5, "needs a value of type int"),
         ("stride", 64, "must be smaller than the block"),
         ("student", [1, 33, 2], "multiple of the heads"),

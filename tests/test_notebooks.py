@@ -164,21 +164,23 @@ def test_every_solution_runs(path: Path, smoke_copy: Path, tmp_path: Path) -> No
     assert all(cell.execution_count for cell in solutions)
 
 
-def test_plain_papermill_from_another_folder(smoke_copy: Path, tmp_path: Path) -> None:
+@each_notebook
+def test_plain_papermill_from_where_the_notebooks_are(path: Path, smoke_copy: Path, tmp_path: Path) -> None:
     environment = dict(os.environ)
     if not any(importlib.metadata.distributions(name="mome-utils")):
         environment["PYTHONPATH"] = str(ROOT)  # tested without having been installed
     out = tmp_path / "out.ipynb"
-    command = [sys.executable, "-m", "papermill", str(ROOT / "notebooks" / "02_teacher_training.ipynb"), str(out),
+    command = [sys.executable, "-m", "papermill", str(path), str(out),
                "-p", "profile", "smoke", "--no-progress-bar"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT / "notebooks", env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "injected-parameters" in out.read_text(encoding="utf-8")
-    assert not (tmp_path / "data").exists()
+    assert not (ROOT / "notebooks" / "data").exists()
 
 
-def test_help_of_a_notebook_reads_like_documentation() -> None:
-    command = [sys.executable, "-m", "papermill", "--help-notebook", str(NOTEBOOKS[0])]
+@each_notebook
+def test_help_of_a_notebook_reads_like_documentation(path: Path) -> None:
+    command = [sys.executable, "-m", "papermill", "--help-notebook", str(path)]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert 'profile: str (default "laptop")' in shown
     assert "smoke" in shown

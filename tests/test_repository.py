@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -101,7 +102,7 @@ def test_ci_runs_exactly_the_test_command() -> None:
     lines = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
     commands = [line for line in lines[1:] if line and not line.startswith("#")]
     assert commands == ["set -euo pipefail", 'cd "$(dirname "$0")/.."', "make test"]
-    assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
+    assert sys.platform == "win32" or (ROOT / ".ci" / "run").stat().st_mode & 0o111
 
 
 def readme_commands() -> list[str]:
@@ -117,10 +118,13 @@ def test_commands_of_the_readme_exist(command: str) -> None:
     if words[0] == "mome":
         parser().parse_args([*words[1:], "--out", "x"] if words[1:] == ["dataset"] else words[1:])
         return
+    if shutil.which("make") is None:
+        pytest.skip("this machine has no make: the README says how to do without")
     shown = subprocess.run(["make", "--dry-run", *words[1:]], cwd=ROOT, capture_output=True, text=True, check=True)
     assert shown.stdout
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="this machine has no make: the README says how to do without")
 def test_make_study_passes_its_variables_on() -> None:
     command = ["make", "--dry-run", "study", "PROFILE=smoke", "CORPUS=my texts", "SEEDS=2"]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
@@ -142,9 +146,12 @@ def test_importing_the_package_is_light() -> None:
 
 
 def test_no_text_names_a_place_of_the_machine_it_was_written_on() -> None:
-    place = re.compile(r"/(?:home|Users|root|farm)/\w+|\.\.[/]shared/")
-    for folder in ("mome_utils", "tests", "."):
-        for path in sorted((ROOT / folder).glob("*")):
-            if path.is_file() and path.suffix in (".py", ".md", ".toml", ".yml", ".txt") or path.name == "Makefile":
-                found = place.search(path.read_text(encoding="utf-8"))
-                assert found is None or path.parent.name == "tests", f"{path.name}: {found}"
+    here = "|".join(re.escape(str(place)) for place in (ROOT, Path.home(), Path(sys.prefix)) if len(str(place)) > 2)
+    place = re.compile(rf"(?:{here})[/\\]|/(?:home|Users)/[a-z]\w+/|\.\.[/]shared/")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    kinds = (".py", ".md", ".toml", ".yml", ".txt", ".ipynb", ".json", ".svg")
+    texts = [name for name in listed if name.endswith(kinds) and not name.startswith("tests/")]
+    for name in texts:
+        if (ROOT / name).is_file():
+            found = place.search((ROOT / name).read_text(encoding="utf-8"))
+            assert found is None, f"{name}: {found}"

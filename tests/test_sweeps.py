@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -43,6 +44,7 @@ def test_one_worker_is_this_thread():
     assert in_parallel(threading.get_ident, [()], workers=1) == [threading.get_ident()]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no signal that a stop button could send")
 def test_an_interruption_ends_the_workers(tmp_path):
     def interrupt(finished):
         if any(tmp_path.iterdir()):
