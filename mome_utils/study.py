@@ -119,6 +119,8 @@ class Study:
 
         # Bars that a library draws while it loads a model would stay in the notebook for good.
         transformers.utils.logging.disable_progress_bar()
+        # It warns of masks that are missing wherever a full block happens to end with </s>, our padding token.
+        transformers.utils.logging.set_verbosity_error()
 
         device = "GPU" if torch.cuda.is_available() else "CPU"
         rows = [
