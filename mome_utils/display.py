@@ -14,9 +14,15 @@ __all__ = ["SweepProgress", "markdown_table"]
 def markdown_table(table: pd.DataFrame) -> str:
     """A data frame as a Markdown table, numbers to the right."""
     numeric = [pd.to_numeric(table[c], errors="coerce").notna().any() for c in table.columns]
-    lines = [[str(c) for c in table.columns], ["---:" if n else "---" for n in numeric]]
-    lines += [[str(value).replace("|", "\\|") for value in row] for row in table.itertuples(index=False)]
+    lines = [[_cell(c) for c in table.columns], ["---:" if n else "---" for n in numeric]]
+    lines += [[_cell(value) for value in row] for row in table.itertuples(index=False)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(value: object) -> str:
+    """A value as the text of a table's cell: bars do not end it, and a token like <s> is not taken for HTML."""
+    text = str(value).replace("|", "\\|")
+    return text if "`" in text else text.replace("<", "\\<")
 
 
 class SweepProgress:

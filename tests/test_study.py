@@ -124,5 +124,7 @@ def test_finish_keeps_tables_claims_and_what_was_touched(small, capsys):
 
 
 def test_markdown_tables_align_numbers_and_escape_bars():
-    table = markdown_table(pd.DataFrame({"name": ["a|b"], "n": ["1.0"]}))
-    assert table.splitlines() == ["| name | n |", "| --- | ---: |", "| a\\|b | 1.0 |"]
+    table = markdown_table(pd.DataFrame({"name": ["a|b", "<s>", "`<s>`"], "n": ["1.0", "2.0", "3.0"]}))
+    assert table.splitlines() == [
+        "| name | n |", "| --- | ---: |", "| a\\|b | 1.0 |", "| \\<s> | 2.0 |", "| `<s>` | 3.0 |",
+    ]
