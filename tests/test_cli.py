@@ -126,7 +126,7 @@ def test_dataset_refuses_what_cannot_be_done(checkout: Path, capsys: pytest.Capt
     assert "xx" in complaint(capsys, "dataset", "--corpus", "texts", "--langs", "en,xx", *out)
     assert "max_diff_percent" in complaint(capsys, "dataset", "--corpus", "texts", "--max-diff-percent", "-1", *out)
     texts(checkout / "apart", "en", "fr")
-    lines = (checkout / "apart" / "fr.jsonl").read_text(encoding="utf-8").replace('"t', '"u')
+    lines = (checkout / "apart" / "fr.jsonl").read_text(encoding="utf-8").replace('"id": "t', '"id": "u')
     (checkout / "apart" / "fr.jsonl").write_text(lines, encoding="utf-8")
     assert "No document id exists in all" in complaint(capsys, "dataset", "--corpus", "apart", "--common", *out)
     assert not (checkout / "made").exists()

@@ -134,8 +134,9 @@ def test_a_random_score_is_what_its_saved_model_says(use_smoke_store: SmokeStore
     study = Study.open("", profile="smoke", quiet=True)
     documents = study.data().documents(made["split"], row["language"])
     text = next(document.text for document in documents if document.id == row["document"])
-    ids = study.data().tokenizer(f"<s>{text}", return_tensors="pt")["input_ids"]
-    assert ids[0, 0] == study.data().tokenizer.bos_token_id and ids[0, 1] != ids[0, 0]
+    tokenizer = study.data().tokenizer
+    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(text)["input_ids"]]])
+    assert ids[0, 1] != tokenizer.bos_token_id
     size, stride, nats, scored = study.profile.block_size, study.profile.stride, 0.0, 1
     for start in range(0, ids.shape[1], stride):
         end = min(start + size, ids.shape[1])
@@ -203,3 +204,23 @@ def test_a_notebook_names_the_one_to_run_first(
     sentence = str(failure.value).splitlines()[0]
     assert sentence.endswith(f"run notebooks/{named}.ipynb first.")
     assert "MissingArtifact" in sentence
+
+
+def test_the_study_runs_on_texts_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two languages, no ids, no groups, no titles: nothing is aligned, and every notebook runs all the same."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for code, language in (("xx", "fr"), ("yy", "py")):
+        lines = (ROOT / "data" / "corpus" / f"{language}.jsonl").read_text(encoding="utf-8").splitlines()
+        kept = [json.dumps({"text": json.loads(line)["text"]}) for line in lines[::8]]
+        (texts / f"{code}.jsonl").write_text("\n".join(kept) + "\n", encoding="utf-8")
+    monkeypatch.setenv("MOME_ARTIFACTS", str(tmp_path / "artifacts"))
+    monkeypatch.chdir(ROOT)
+    request = Request(profile="smoke", corpus=str(texts), overrides={"common_documents": False})
+    assert run_study(request, root=ROOT, stream=io.StringIO()) == len(NOTEBOOKS)
+    folder = request.resolve()[1]
+    rows = pd.read_parquet(folder / "results" / "02_teacher_training" / "test_rows.parquet")
+    assert set(rows["language"]) == {"xx", "yy"}
+    claims = {name: pd.read_parquet(folder / "results" / name / "claims.parquet").set_index("claim")["verdict"]
+              for name in ("03_kd_alpha_comparison", "06_forgetting_curves")}
+    assert set(claims["06_forgetting_curves"][["C6", "C7", "C8"]]) == {"undecided at this scale"}  # one seed

@@ -189,7 +189,9 @@ def test_only_and_bad_requests(study: Callable[..., Path], tmp_path: Path) -> No
 def test_an_interrupt_ends_the_kernel(study: Callable[..., Path]) -> None:
     code = "import os, pathlib, time; pathlib.Path('pid').write_text(str(os.getpid())); time.sleep(60)"
     root = study(_01_first=toy("01_first", code))
-    script = ("import sys\nfrom pathlib import Path\nfrom mome_utils.runner import Request, run_study\n"
+    # A test that itself runs in the background of a shell has inherited that interrupts are ignored.
+    script = ("import signal, sys\nfrom pathlib import Path\nfrom mome_utils.runner import Request, run_study\n"
+              "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
               "root = Path(sys.argv[1])\n"
               "run_study(Request(profile='smoke', corpus=str(root / 'data/corpus')), root=root)")
     process = subprocess.Popen([sys.executable, "-c", script, str(root)], stderr=subprocess.PIPE,

@@ -26,6 +26,14 @@ def mark(folder, number):
     (folder / str(number)).write_text(str(os.getpid()))
 
 
+@pytest.fixture
+def interruptible():
+    """Interrupts raise, also where the tests run in the background of a shell, which has them ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_results_come_in_order_and_progress_is_told(workers):
     seen = []
@@ -45,7 +53,7 @@ def test_one_worker_is_this_thread():
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no signal that a stop button could send")
-def test_an_interruption_ends_the_workers(tmp_path):
+def test_an_interruption_ends_the_workers(tmp_path, interruptible):
     def interrupt(finished):
         if any(tmp_path.iterdir()):
             os.kill(os.getpid(), signal.SIGINT)  # what a notebook's stop button sends
