@@ -49,8 +49,8 @@ def scale_projection(weight: torch.Tensor) -> None:
 
     GPT-2 uses a standard deviation of 0.02 whatever the width; its final layer norm has unit variance, so initial
     logits have one of 0.02·√H. That suits the paper's teacher (H = 1024); a hundred features start with logits so
-    small that hundreds of steps pass before the embedding learns. Keeping 0.02·√1024 for every H is the scaling by
-    width of Yang et al., arXiv 2203.03466.
+    small that many steps pass before the embedding learns. So 0.02·√1024 is kept for every H. (Why initial scales
+    should follow the width: Yang et al., arXiv 2203.03466; this is one step of their scheme, not all of it.)
     """
     torch.nn.init.normal_(weight, std=0.02 * math.sqrt(1024 / weight.shape[1]))
 
