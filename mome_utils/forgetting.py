@@ -20,9 +20,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from mome_utils.config import MomeError
 from mome_utils.corpus import Document
-from mome_utils.distillation import shifted_ce
 from mome_utils.evaluation import WindowBatch, add_up, score_rows, window_batches
 from mome_utils.intervals import Interval, Measure, crossed_interval, cube
+from mome_utils.models import shifted_ce
 from mome_utils.moe import MomeForCausalLM
 
 __all__ = [

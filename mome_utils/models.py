@@ -1,4 +1,4 @@
-"""GPT-2 shapes: the teacher, the students and the experts are the same decoder in different sizes."""
+"""GPT-2 shapes, and the loss of language modelling: teacher, students and experts differ in size only."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mome_utils.config import Shape
 
-__all__ = ["build_gpt2", "gpt2_config", "parameter_count", "scale_projection"]
+__all__ = ["IGNORED", "build_gpt2", "gpt2_config", "next_tokens", "parameter_count", "scale_projection", "shifted_ce"]
+
+IGNORED = -100
+"""Label of a position that takes part in no loss (the value used throughout transformers)."""
 
 #: Blocks up to this many tokens use plain attention.
 SHORT_BLOCK = 256
@@ -58,3 +62,26 @@ def scale_projection(weight: torch.Tensor) -> None:
 def parameter_count(model: nn.Module) -> int:
     """Number of parameters, tied ones counted once."""
     return sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
+
+
+def next_tokens(labels: Tensor) -> Tensor:
+    """What each position predicts: labels moved one place left, the last position ignored, [B, T] → [B, T].
+
+    Moving the labels and not the logits saves a copy of [B, T, V].
+    """
+    return functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
+def shifted_ce(logits: Tensor, labels: Tensor) -> Tensor:
+    """Next-token cross-entropy, the mean over the positions that have a target.
+
+    Args:
+        logits: [B, T, V]; position t predicts label t + 1. Half precision is widened to float32.
+        labels: [B, T] token ids; −100 marks a position that is no target.
+    Returns:
+        [] nats per target; 0 (with zero gradient) where nothing is a target.
+    """
+    flat, targets = logits.flatten(0, 1), next_tokens(labels).reshape(-1)
+    flat = flat if flat.dtype == torch.float64 else flat.float()
+    total = functional.cross_entropy(flat, targets, ignore_index=IGNORED, reduction="sum")
+    return total / (targets != IGNORED).sum().clamp(min=1)

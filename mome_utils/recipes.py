@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -16,34 +17,57 @@ if TYPE_CHECKING:
     from mome_utils.study import Study
 
 __all__ = [
-    "CORE_ARMS", "EXTENDED_ARMS", "moe_spec", "multilingual_student_spec", "objective", "sequential_spec",
-    "stage_ends", "student_spec", "teacher_spec",
+    "CORE_ARMS", "EXTENDED_ARMS", "arm_names", "groups_spec", "held_out_groups", "moe_spec",
+    "multilingual_student_spec", "objective", "rate_spec", "sequential_spec", "small_student_spec", "stage_ends",
+    "student_spec", "teacher_spec",
 ]
 
-#: Distillation arms of notebook 03 as (divergence, α rule, temperature); plain cross-entropy has no teacher.
-_ARMS: Mapping[str, tuple[str, str, float] | None] = MappingProxyType({
+#: Distillation arms of notebook 03; plain cross-entropy has no teacher. "As released" is the whole of the release's
+#: step: its masks, its rule and its micro-batches, as many as a laptop's batch has sequences.
+_ARMS: Mapping[str, Objective | None] = MappingProxyType({
     "ce": None,
-    "fixed": ("published_inverse_kl", "fixed", 1.0),
-    "adaptive": ("published_inverse_kl", "published_adaptive", 1.0),
-    "alternating": ("published_inverse_kl", "alternating", 1.0),
-    "reverse_kl": ("reverse_kl", "fixed", 1.0),
-    "forward_kl": ("forward_kl", "fixed", 2.0),
+    "fixed": Objective("soft_ce", "fixed"),
+    "adaptive": Objective("soft_ce", "published_adaptive"),
+    "alternating": Objective("soft_ce", "alternating"),
+    "as_released": Objective("published_inverse_kl", "published_adaptive", micro_batches=4),
+    "alternating_micro": Objective("soft_ce", "published_alternating", micro_batches=4),
+    "kd": Objective("soft_ce", "kd"),
+    "reverse_kl": Objective("reverse_kl", "fixed"),
+    "forward_kl_t2": Objective("forward_kl", "fixed", temperature=2.0),
+    "jensen_shannon": Objective("jensen_shannon", "fixed", parameter=0.5),
+    "skew_forward": Objective("skew_forward_kl", "fixed", parameter=0.1),
+    "skew_reverse": Objective("skew_reverse_kl", "fixed", parameter=0.1),
+    "total_variation": Objective("total_variation", "fixed"),
+    "linear_up": Objective("soft_ce", "linear_up"),
+    "linear_down": Objective("soft_ce", "linear_down"),
+    "cosine_up": Objective("soft_ce", "cosine_up"),
+    "cosine_down": Objective("soft_ce", "cosine_down"),
+    "uncertainty": Objective("soft_ce", "uncertainty"),
+    "gradient_norm": Objective("soft_ce", "gradient_norm"),
+    "kd_then_ce": Objective("soft_ce", "kd_then_ce"),
+    "ce_then_kd": Objective("soft_ce", "ce_then_kd"),
+    "plateau": Objective("soft_ce", "plateau"),
 })
 #: What the paper's first question needs, and reverse KL as its text means it.
 CORE_ARMS = ("ce", "fixed", "adaptive", "alternating", "reverse_kl")
-#: Beside them forward KL at the temperature of the release's other branch, averaged over time.
-EXTENDED_ARMS = (*CORE_ARMS, "forward_kl")
+#: Beside them the release as it is, the other divergences, and other rules for α.
+EXTENDED_ARMS = (
+    *CORE_ARMS, "as_released", "alternating_micro", "kd", "forward_kl_t2", "jensen_shannon", "skew_reverse",
+    "total_variation", "linear_up", "uncertainty", "gradient_norm", "kd_then_ce", "plateau",
+)
+
+
+def arm_names() -> tuple[str, ...]:
+    """Every arm that can be trained."""
+    return tuple(_ARMS)
 
 
 def objective(study: Study, arm: str) -> Objective | None:
-    """The objective of an arm (``None``: cross-entropy alone)."""
+    """The objective of an arm, α at the profile's value (``None``: cross-entropy alone)."""
     if arm not in _ARMS:
         raise MomeError(f"There is no arm '{arm}': choose from {', '.join(_ARMS)}.")
-    parts = _ARMS[arm]
-    if parts is None:
-        return None
-    divergence, alpha, temperature = parts
-    return Objective(divergence=divergence, alpha=alpha, value=study.profile.alpha, temperature=temperature)
+    found = _ARMS[arm]
+    return None if found is None else replace(found, value=study.profile.alpha)
 
 
 def _model(study: Study, shape: Shape, kind: str = "gpt2", experts: Sequence[str] = ()) -> ModelSpec:
@@ -93,25 +117,70 @@ def teacher_spec(study: Study, seed: int) -> TrainSpec:
     )
 
 
-def multilingual_student_spec(study: Study, seed: int) -> TrainSpec:
-    """A student-sized model trained by cross-entropy on exactly the teacher's batches: the single session."""
-    teacher = teacher_spec(study, seed)
+def multilingual_student_spec(study: Study, seed: int, arm: str = "ce") -> TrainSpec:
+    """A student-sized model of all languages, on exactly the teacher's batches.
+
+    By cross-entropy alone it is the single session of notebook 06; with another arm, a multilingual student.
+    """
+    teacher, goal = teacher_spec(study, seed), objective(study, arm)
     return _spec(
         study, _model(study, study.profile.student), study.languages, seed, sampler="balanced",
         batch_size=teacher.batch_size, steps=teacher.steps, learning_rate=study.profile.student_lr,
+        objective=goal, teacher=None if goal is None else run_key(teacher),
     )
 
 
 def student_spec(study: Study, language: str, arm: str, seed: int) -> TrainSpec:
-    """One language's student under an arm of notebook 03; arms with one seed share start and data order."""
+    """One language's student under an arm of notebook 03; arms with one seed share start and data order.
+
+    Students at fixed α keep their weights after each quarter of the steps: notebook 03 looks at their gradients.
+    """
     profile, batch = study.profile, study.profile.student_batch
     goal = objective(study, arm)
+    steps = _steps(profile.student_epochs * _blocks(study), batch, profile.evaluations)
     return _spec(
-        study, _model(study, profile.student), [language], seed, sampler="balanced", batch_size=batch,
-        steps=_steps(profile.student_epochs * _blocks(study), batch, profile.evaluations),
-        learning_rate=profile.student_lr, objective=goal,
+        study, _model(study, profile.student), [language], seed, sampler="balanced", batch_size=batch, steps=steps,
+        learning_rate=profile.student_lr, objective=goal, snapshots=stage_ends(steps, 4)[:-1] if arm == "fixed" else (),
         teacher=None if goal is None else run_key(teacher_spec(study, seed)),
     )
+
+
+def rate_spec(study: Study, language: str, arm: str, seed: int, factor: float) -> TrainSpec:
+    """A student whose learning rate is ``factor`` times the profile's: the check that no arm is at a disadvantage."""
+    spec = replace(student_spec(study, language, arm, seed), snapshots=())
+    return replace(spec, learning_rate=spec.learning_rate * factor)
+
+
+def small_student_spec(study: Study, language: str, arm: str, seed: int) -> TrainSpec:
+    """A student of half the depth and half the width, for question O1: another ratio of teacher to student."""
+    shape = study.profile.student
+    small = Shape(max(1, shape.layers // 2), max(1, shape.width // 2 // shape.heads) * shape.heads, shape.heads)
+    return replace(student_spec(study, language, arm, seed), model=_model(study, small), snapshots=())
+
+
+def held_out_groups(study: Study) -> tuple[str, ...]:
+    """Every other topic group, in alphabetical order: what the students of :func:`groups_spec` never see.
+
+    Raises:
+        MomeError: the corpus has fewer than two groups.
+    """
+    groups = tuple(sorted(set(study.data().table["group"])))
+    if len(groups) < 2:
+        raise MomeError("A shifted domain needs topic groups: give the documents of the corpus a 'group'.")
+    return groups[1::2]
+
+
+def groups_spec(study: Study, language: str, arm: str, seed: int) -> TrainSpec:
+    """A student that trains on half of the topic groups only, for question O1: another domain.
+
+    It makes as many passes over its blocks as the others do over theirs. (Its teacher has seen all groups.)
+    """
+    unseen = held_out_groups(study)
+    kept = tuple(group for group in sorted(set(study.data().table["group"])) if group not in unseen)
+    blocks = min(len(study.data().blocks_of_groups("train", g, kept)) for g in study.languages)
+    spec = student_spec(study, language, arm, seed)
+    steps = _steps(study.profile.student_epochs * blocks, spec.batch_size, study.profile.evaluations)
+    return replace(spec, steps=steps, groups=kept, snapshots=())
 
 
 def moe_spec(study: Study, variant: str, seed: int, arm: str = "fixed") -> TrainSpec:

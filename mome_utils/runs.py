@@ -25,9 +25,9 @@ from transformers import PreTrainedModel
 
 from mome_utils.artifacts import DamagedArtifact, Store, digest, file_digest, read_manifest, source_digest
 from mome_utils.dataset import StudyData
+from mome_utils.kd_training import KDTrainer
 from mome_utils.schedules import schedule
 from mome_utils.training import (
-    KDTrainer,
     LMTrainer,
     ScheduledBlocks,
     TrainSpec,
@@ -52,7 +52,7 @@ def run_modules(spec: TrainSpec) -> tuple[str, ...]:
     """Modules whose source defines a run's numbers, and so is part of its key."""
     names = ["models", "schedules", "training", "runs"]
     if spec.objective is not None:
-        names.append("distillation")
+        names += ["divergences", "alpha", "alpha_schedules", "distillation", "kd_training"]
     if spec.model.kind != "gpt2":
         names += ["moe", "moe_config", "routing"]
     return tuple(f"mome_utils.{name}" for name in names)
@@ -169,7 +169,7 @@ def _train(spec: TrainSpec, key: str, store: Store, data: StudyData) -> None:
     trainer = _trainer(spec, work, store, data)
     checkpoint = sound_checkpoint(work)
     if checkpoint is not None:
-        trainer.restore_records(checkpoint)
+        trainer.restore(checkpoint)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else False)
@@ -190,25 +190,30 @@ def _train(spec: TrainSpec, key: str, store: Store, data: StudyData) -> None:
 
 
 def _trainer(spec: TrainSpec, work: Path, store: Store, data: StudyData) -> LMTrainer:
-    blocks = [data.block_array("train", language) for language in spec.languages]
+    chosen = [_chosen(data, "train", language, spec.groups) for language in spec.languages]
+    blocks = [data.block_array("train", language)[c] for language, c in zip(spec.languages, chosen, strict=True)]
     lengths = {language: len(b) for language, b in zip(spec.languages, blocks, strict=True)}
     order = schedule(spec.sampler, lengths, steps=spec.steps, batch_size=spec.batch_size, seed=spec.seed)
     token_bytes = vocabulary_bytes(data.tokenizer)
     validation = [
-        ValidationSet(language, _validation_ids(data, language, spec.evaluation_blocks), token_bytes)
-        for language in spec.languages
+        ValidationSet(language, _validation_ids(data, language, spec), token_bytes) for language in spec.languages
     ]
     model = build_model(spec.model, spec.seed)
     if spec.teacher is None:
         return LMTrainer(spec, ScheduledBlocks(order, blocks, None), validation, work, model)
     states, head = [], None
-    for language in spec.languages:
+    for language, places in zip(spec.languages, chosen, strict=True):
         folder = store.require(
             STATES, states_key(spec.teacher, spec.data, language), notebook="02_teacher_training"
         )
-        states.append(load_file(folder / "states.safetensors")["states"])
+        states.append(load_file(folder / "states.safetensors")["states"][places])
     head = _output_matrix(store.require(STAGE, spec.teacher, notebook="02_teacher_training"))
     return KDTrainer(spec, ScheduledBlocks(order, blocks, states), validation, work, model, head=head)
+
+
+def _chosen(data: StudyData, split: str, language: str, groups: Sequence[str]) -> slice | np.ndarray:
+    """Which blocks of a split belong to the topic groups: all (without a copy), or their indices."""
+    return data.blocks_of_groups(split, language, groups) if groups else slice(None)
 
 
 def _output_matrix(teacher: Path) -> Tensor:
@@ -216,9 +221,10 @@ def _output_matrix(teacher: Path) -> Tensor:
     return load_gpt2(teacher).lm_head.weight.detach()
 
 
-def _validation_ids(data: StudyData, language: str, limit: int | None) -> Tensor:
-    """Validation blocks spread evenly over the split: all, or ``limit`` of them."""
-    blocks = data.block_array("validation", language)
+def _validation_ids(data: StudyData, language: str, spec: TrainSpec) -> Tensor:
+    """Validation blocks spread evenly over the split (and the spec's groups): all, or as many as the spec says."""
+    blocks = data.block_array("validation", language)[_chosen(data, "validation", language, spec.groups)]
+    limit = spec.evaluation_blocks
     if limit is not None and len(blocks) > limit:
         blocks = blocks[np.linspace(0, len(blocks) - 1, limit).round().astype(int)]
     return torch.from_numpy(np.asarray(blocks).astype(np.int64))

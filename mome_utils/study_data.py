@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -129,6 +129,22 @@ class StudyData:
             array.flags.writeable = False
             self._arrays[key] = array
         return self._arrays[key]
+
+    def blocks_of_groups(self, split: str, language: str, groups: Sequence[str]) -> NDArray[np.int64]:
+        """Indices of the blocks whose documents all belong to the given topic groups, ascending.
+
+        `DataError` for a group that no document has, or where no block is left.
+        """
+        group_of = dict(zip(self.table["id"], self.table["group"], strict=True))
+        unknown = sorted(set(groups) - set(group_of.values()))
+        if unknown:
+            raise DataError(f"No document belongs to the topic group {unknown[0]!r}; use groups of the data set.")
+        wanted = set(groups)
+        documents = self.blocks(split, language)["documents"]
+        found = [i for i, ids in enumerate(documents) if all(group_of[key] in wanted for key in ids)]
+        if not found:
+            raise DataError(f"No {split} block of {language} holds the chosen topic groups alone; choose more groups.")
+        return np.array(found, dtype=np.int64)
 
     def lengths(self, split: str) -> dict[str, int]:
         """Language -> number of blocks, in the order of the languages: what `schedules.schedule` wants."""

@@ -1,4 +1,4 @@
-"""Training on ``transformers.Trainer``: what a run is, how it is fed, and the two trainers of the study.
+"""Training on ``transformers.Trainer``: what a run is, how it is fed, and the trainer of language models.
 
 A run is a :class:`TrainSpec`, a frozen dataclass. Its whole data order is drawn beforehand from its seed
 (:func:`mome_utils.schedules.schedule`), so that arms with one seed see the same sequences in the same order, and so
@@ -21,13 +21,13 @@ from transformers import GPT2LMHeadModel, PreTrainedModel, Trainer, TrainerCallb
 
 from mome_utils.artifacts import file_digest, write_atomic
 from mome_utils.config import MomeError, Shape
-from mome_utils.distillation import Objective, make_alpha, needs, shifted_ce, shifted_divergence
-from mome_utils.models import build_gpt2
+from mome_utils.distillation import Objective
+from mome_utils.models import build_gpt2, shifted_ce
 from mome_utils.schedules import ScheduleKind
 
 __all__ = [
-    "KDTrainer", "LMTrainer", "ModelSpec", "ScheduledBlocks", "TrainSpec", "ValidationSet", "build_model",
-    "load_gpt2", "resolve_dtype", "save_model", "sound_checkpoint", "vocabulary_bytes",
+    "LMTrainer", "ModelSpec", "ScheduledBlocks", "TrainSpec", "ValidationSet", "build_model",
+    "load_gpt2", "model_logits", "resolve_dtype", "save_model", "sound_checkpoint", "vocabulary_bytes",
 ]
 
 RECORDS = "records.json"
@@ -52,7 +52,8 @@ class TrainSpec:
     """All that defines a training run, and with the sources of its modules its key.
 
     ``objective`` and ``teacher`` (the key of the teacher's run) are both given or both ``None`` (plain language
-    modelling). ``snapshots`` are steps after which the weights are kept beside the final ones.
+    modelling). ``snapshots`` are steps after which the weights are kept beside the final ones. ``groups`` restricts
+    training and validation to blocks whose documents all belong to these topic groups; empty means all blocks.
     """
 
     model: ModelSpec
@@ -74,12 +75,18 @@ class TrainSpec:
     objective: Objective | None = None
     teacher: str | None = None
     snapshots: tuple[int, ...] = ()
+    groups: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if (self.objective is None) != (self.teacher is None):
             raise MomeError("A distillation run needs both an objective and a teacher's key, a plain run neither.")
         if self.steps % self.evaluations:
             raise MomeError(f"{self.steps} steps cannot be scored {self.evaluations} times at equal distances.")
+        if self.objective is not None and self.batch_size % self.objective.micro_batches:
+            raise MomeError(
+                f"A batch of {self.batch_size} sequences cannot be cut into {self.objective.micro_batches} equal "
+                "micro-batches: choose a number that divides it."
+            )
 
 
 def resolve_dtype(dtype: str) -> str:
@@ -163,7 +170,7 @@ class ValidationSet:
         size = torch.zeros((), dtype=torch.int64)
         for ids in self.ids.split(batch):
             ids = ids.to(next(model.parameters()).device)
-            logits = _logits(model, ids, torch.full((len(ids),), language_index))[:, :-1]
+            logits = model_logits(model, ids, torch.full((len(ids),), language_index))[:, :-1]
             bytes_ = self.token_bytes.to(ids.device)[ids[:, 1:]]
             losses = torch.nn.functional.cross_entropy(
                 logits.reshape(-1, logits.shape[-1]).float(), ids[:, 1:].reshape(-1), reduction="none"
@@ -173,7 +180,7 @@ class ValidationSet:
         return float(nats / np.log(2) / size)
 
 
-def _logits(model: torch.nn.Module, ids: Tensor, languages: Tensor) -> Tensor:
+def model_logits(model: torch.nn.Module, ids: Tensor, languages: Tensor) -> Tensor:
     """Logits ``[B, T, V]``; a mixture is given its true routes, as in the published training."""
     if getattr(model.config, "model_type", "") == "mome":
         return model(input_ids=ids, routes=languages.to(ids.device)).logits
@@ -194,7 +201,8 @@ class _Records(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         files = {f.name: file_digest(f) for f in sorted(folder.iterdir()) if f.name != RECORDS}
-        write_atomic(folder / RECORDS, json.dumps({"records": self.trainer.records, "files": files}))
+        kept = {"records": self.trainer.records, "files": files, "state": self.trainer.state_to_keep()}
+        write_atomic(folder / RECORDS, json.dumps(kept))
 
 
 class _Snapshots(TrainerCallback):
@@ -269,7 +277,7 @@ class LMTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Mapping[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        logits = _logits(model, inputs["input_ids"], inputs["languages"])
+        logits = model_logits(model, inputs["input_ids"], inputs["languages"])
         loss = shifted_ce(logits, inputs["input_ids"])
         if model.training:
             self.record(loss=loss.item())
@@ -295,58 +303,22 @@ class LMTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def restore_records(self, checkpoint: Path) -> None:
-        """Take up the records of a checkpoint before resuming from it."""
-        self.records = json.loads((checkpoint / RECORDS).read_text(encoding="utf-8"))["records"]
+    def state_to_keep(self) -> dict[str, Any]:
+        """What a checkpoint must hold beyond the Trainer's own state, as JSON values."""
+        return {}
+
+    def restore_state(self, state: Mapping[str, Any]) -> None:
+        """Take up what :meth:`state_to_keep` gave."""
+
+    def restore(self, checkpoint: Path) -> None:
+        """Take up the records and the state of a checkpoint before resuming from it."""
+        kept = json.loads((checkpoint / RECORDS).read_text(encoding="utf-8"))
+        self.records = kept["records"]
+        self.restore_state(kept["state"])
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # As in the parent, without training_args.bin: it is a pickle, and the spec already says all it holds.
         save_model(self.network, Path(output_dir or str(self.args.output_dir)), state_dict)
-
-
-class KDTrainer(LMTrainer):
-    """Distillation: α·CE + β·divergence to a teacher whose last hidden states come with the batch.
-
-    The teacher's logits are rebuilt by one product with its output matrix ``head`` ``[V, H]``. α and β follow the
-    objective's strategy; a term whose weight is known to be zero is not computed.
-    """
-
-    def __init__(self, *args: Any, head: Tensor, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if self.spec.objective is None:
-            raise MomeError("A distillation run needs an objective: give one, or train without a teacher.")
-        self.objective: Objective = self.spec.objective
-        self.alpha = make_alpha(self.objective, self.spec.steps)
-        self.head = head
-
-    def compute_loss(
-        self, model: Any, inputs: Mapping[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        ids = inputs["input_ids"]
-        logits = _logits(model, ids, inputs["languages"])
-        wants_ce, wants_kd = needs(self.objective, self.state.global_step)
-        zero = logits.new_zeros(())
-        ce = shifted_ce(logits, ids) if wants_ce else zero
-        kd = zero
-        if wants_kd:
-            # The states' last position predicts a token beyond the block; the product is made in their own type.
-            with torch.no_grad():
-                teacher = inputs["teacher_states"] @ self.head.to(inputs["teacher_states"]).T
-            kd = shifted_divergence(self.objective.divergence, logits, teacher, ids, self.objective.temperature)
-        alpha, beta = self.alpha.weights(self.state.global_step, ce.item(), kd.item())
-        loss = alpha * ce + beta * kd
-        nan = float("nan")
-        self.record(
-            loss=loss.item(), ce=ce.item() if wants_ce else nan, kd=kd.item() if wants_kd else nan, alpha=alpha
-        )
-        return (loss, logits) if return_outputs else loss
-
-    def restore_records(self, checkpoint: Path) -> None:
-        super().restore_records(checkpoint)
-        for row in self.records:  # the strategy's state is a function of the losses it has seen
-            if "alpha" in row:
-                ce, kd = (0.0 if np.isnan(row[k]) else row[k] for k in ("ce", "kd"))
-                self.alpha.weights(int(row["step"]) - 1, ce, kd)
 
 
 def vocabulary_bytes(tokenizer: Any) -> Tensor:

@@ -35,7 +35,7 @@ from mome_utils.forgetting import (
 from mome_utils.models import build_gpt2
 from mome_utils.moe import MomeForCausalLM
 from mome_utils.moe_settings import score_settings
-from mome_utils.routing import fit_router
+from mome_utils.router_fit import fit_router
 from mome_utils.tokenization import train_tokenizer
 
 torch.set_num_threads(1)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mome_utils import artifacts, recipes, runs, training
+from mome_utils import artifacts, distillation, recipes, runs, schedules, training
 from mome_utils.artifacts import MissingArtifact
+from mome_utils.config import MomeError
 from mome_utils.runs import run_key, teacher_states, train_or_load
 from mome_utils.study import Study
 
@@ -61,6 +62,77 @@ def test_a_run_is_repeatable_to_the_bit_and_learns(study):
     np.testing.assert_allclose(history["loss"], mixed, rtol=1e-5)
 
 
+@pytest.mark.parametrize("arm", [arm for arm in recipes.arm_names() if arm != "ce"])
+def test_every_arm_trains_and_its_loss_is_what_its_weights_say(study, arm):
+    spec = recipes.student_spec(study, "py", arm, 0)
+    history = train_or_load(spec, study.store, study.data()).history()
+    assert np.isfinite(history["loss"]).all()
+    assert history["loss"].tail(5).mean() < history["loss"].head(5).mean()
+    parts = spec.objective.micro_batches
+    names = [f"_{i}" for i in range(parts)] if parts > 1 else [""]
+    weighed = []
+    for name in names:
+        alpha, ce, kd = (history[f"{column}{name}"].to_numpy() for column in ("alpha", "ce", "kd"))
+        assert ((alpha >= 0) & (alpha <= 1)).all()
+        weighed.append(np.where(alpha > 0, alpha * ce, 0) + np.where(alpha < 1, (1 - alpha) * kd, 0))
+    np.testing.assert_allclose(history["loss"], np.mean(weighed, axis=0), rtol=1e-6)
+
+
+def test_micro_batches_of_one_step_are_gradient_accumulation(study):
+    """The released alternation in one pass, against a loop that accumulates gradients as the release does."""
+    spec = dataclasses.replace(recipes.student_spec(study, "py", "alternating_micro", 0), steps=3, evaluations=1)
+    run = fresh(study, spec)
+    data, torch_model = study.data(), training.build_model(spec.model, spec.seed)
+    blocks, states = data.block_array("train", "py"), teacher_states(
+        study.store, data, study.runs([recipes.teacher_spec(study, 0)])[0], "py")
+    head = study.runs([recipes.teacher_spec(study, 0)])[0].model().lm_head.weight.detach()
+    order = schedules.schedule("balanced", {"py": len(blocks)}, steps=3, batch_size=4, seed=0)
+    parts = [(True, False), (False, True)] * 2
+    for step, row in enumerate(run.history().to_dict("records")[:1]):
+        losses = []
+        for (_, block), (with_ce, _) in zip(order[step], parts, strict=True):
+            ids = torch.from_numpy(blocks[block : block + 1].astype(np.int64))
+            logits = torch_model(input_ids=ids, use_cache=False).logits
+            teacher = states[block : block + 1] @ head.to(states).T
+            loss = (distillation.shifted_ce(logits, ids) if with_ce
+                    else distillation.shifted_divergence("soft_ce", logits, teacher, ids))
+            (loss / 4).backward()
+            losses.append(loss.item())
+        assert row["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+        assert [row[f"alpha_{i}"] for i in range(4)] == [1, 0, 1, 0]
+
+
+def test_runs_on_topic_groups_see_no_block_of_the_others(study):
+    data = study.data()
+    group_of = dict(zip(data.table["id"], data.table["group"], strict=True))
+    groups = sorted(set(data.table.loc[data.table["split"] == "train", "group"]))
+    spec = dataclasses.replace(recipes.student_spec(study, "en", "fixed", 0), groups=tuple(
+        group for group in sorted(set(group_of.values())) if group != groups[0]), snapshots=())
+    kept = data.blocks_of_groups("train", "en", spec.groups)
+    everything = range(len(data.block_array("train", "en")))
+    assert 0 < len(kept) < len(everything)
+    for block in everything:
+        seen = {group_of[i] for i in data.blocks("train", "en")[block]["documents"]}
+        assert (groups[0] in seen) == (block not in kept)
+    assert run_key(spec) != run_key(dataclasses.replace(spec, groups=()))
+    assert train_or_load(spec, study.store, data).metrics["validation_bits_per_byte"] > 0
+    with pytest.raises(MomeError, match="No document belongs to the topic group 'magic'"):
+        data.blocks_of_groups("train", "en", ["magic"])
+
+
+def test_half_of_the_groups_is_held_out(study):
+    groups = sorted(set(study.data().table["group"]))
+    unseen = recipes.held_out_groups(study)
+    assert unseen == tuple(groups[1::2])
+    with pytest.raises(MomeError, match="chosen topic groups alone"):  # too small a corpus says so
+        study.runs([dataclasses.replace(recipes.student_spec(study, "en", "fixed", 0), groups=(groups[0],))])
+
+
+def test_a_batch_that_micro_batches_do_not_divide_is_refused(study):
+    with pytest.raises(MomeError, match="cannot be cut into 4 equal micro-batches"):
+        dataclasses.replace(recipes.student_spec(study, "en", "as_released", 0), batch_size=6)
+
+
 def test_a_sweep_gives_what_each_run_gives_alone(study):
     specs = [recipes.student_spec(study, language, "fixed", 0) for language in ("en", "py")]
     alone = [weights(fresh(study, spec)) for spec in specs]
@@ -71,12 +143,12 @@ def test_a_sweep_gives_what_each_run_gives_alone(study):
         assert same(before, weights(run))
 
 
-@pytest.mark.parametrize("kind", ["adaptive", "sequential"])
+@pytest.mark.parametrize("kind", ["adaptive", "uncertainty", "alternating_micro", "sequential"])
 def test_a_stopped_run_resumes_to_the_same_weights(study, monkeypatch, kind):
-    if kind == "adaptive":
-        spec = recipes.student_spec(study, "py", "adaptive", 0)
-    else:
+    if kind == "sequential":
         spec = recipes.sequential_spec(study, 0)
+    else:
+        spec = recipes.student_spec(study, "py", kind, 0)
     unbroken = fresh(study, spec)
     expected, history = weights(unbroken), unbroken.history()
     shutil.rmtree(unbroken.folder)
@@ -111,7 +183,7 @@ def test_a_damaged_checkpoint_is_not_resumed_from(tmp_path):
         folder.mkdir()
         (folder / "model.safetensors").write_bytes(b"weights")
         files = {"model.safetensors": artifacts.file_digest(folder / "model.safetensors")}
-        (folder / "records.json").write_text(json.dumps({"records": [], "files": files}), encoding="utf-8")
+        (folder / "records.json").write_text(json.dumps({"records": [], "files": files, "state": {}}), encoding="utf-8")
     assert training.sound_checkpoint(tmp_path).name == "checkpoint-4"
     (tmp_path / "checkpoint-4" / "model.safetensors").write_bytes(b"cut")
     assert training.sound_checkpoint(tmp_path).name == "checkpoint-2"
@@ -138,9 +210,10 @@ def test_a_changed_loss_trains_again_and_a_changed_figure_does_not(study, monkey
 
     monkeypatch.setattr(runs, "source_digest", edited("mome_utils.figures"))
     assert run_key(spec) == before
-    monkeypatch.setattr(runs, "source_digest", edited("mome_utils.distillation"))
-    assert run_key(spec) != before
-    assert run_key(plain) == before_plain, "a run without a teacher does not depend on the distillation losses"
+    for module in ("divergences", "alpha", "alpha_schedules", "distillation", "kd_training"):
+        monkeypatch.setattr(runs, "source_digest", edited(f"mome_utils.{module}"))
+        assert run_key(spec) != before
+        assert run_key(plain) == before_plain, "a run without a teacher does not depend on the distillation losses"
 
 
 def test_specs_that_differ_have_different_keys(study):
