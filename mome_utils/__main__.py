@@ -1,4 +1,4 @@
-"""The command line: ``mome study``, ``mome status``, ``mome dataset``, ``mome publish``.
+"""The command line: ``mome study``, ``mome status``, ``mome dataset``, ``mome publish``, ``mome bench``.
 
 Heavy libraries are imported by the command that needs them, so that help and complaints come at once.
 """
@@ -54,9 +54,9 @@ def _status(options: argparse.Namespace) -> int:
     from mome_utils.study import project_root
 
     request = _request(options)
-    parameters, folder = request.resolve()
+    resolved, folder = request.resolve()
     notebooks = select_notebooks(project_root())
-    plans = plan_study(notebooks, parameters, folder, profile=request.profile)
+    plans = plan_study(notebooks, request, resolved, folder)
     for plan in plans:
         print(f"{plan.name:<32}{plan.reason or f'up to date, took {in_words(plan.seconds)}'}")
     stages = sorted(path for path in folder.glob("*") if path.is_dir() and path.name != "notebooks")
@@ -85,9 +85,19 @@ def _dataset(options: argparse.Namespace) -> int:
 
 def _publish(options: argparse.Namespace) -> int:
     from mome_utils.publish import publish
+    from mome_utils.runner import Request
     from mome_utils.study import project_root
 
-    print(publish(project_root()))
+    print(publish(project_root(), Request(arms=options.arms)))
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from mome_utils.bench import run_benchmark, table
+    from mome_utils.study import project_root
+
+    out = options.out or project_root() / "data" / "benchmarks" / f"{options.name}.json"
+    print(table(run_benchmark(options.name, out, rounds=options.rounds)))
     return 0
 
 
@@ -96,7 +106,7 @@ def _request(options: argparse.Namespace) -> Any:
 
     return Request(
         profile=options.profile, corpus=_corpus(options.corpus), languages=tuple(_items(options.languages)),
-        seeds=options.seeds, overrides=dict(_assignment(text) for text in options.set),
+        seeds=options.seeds, overrides=dict(_assignment(text) for text in options.set), arms=options.arms,
     )
 
 
@@ -156,7 +166,15 @@ def parser() -> argparse.ArgumentParser:
     dataset.set_defaults(command=_dataset)
 
     publish = commands.add_parser("publish", help="copy the finished laptop run to its tracked places")
+    _arms(publish)
     publish.set_defaults(command=_publish)
+
+    bench = commands.add_parser("bench", help="time a part of the package next to what it replaces")
+    bench.add_argument("name", metavar="NAME", help="which benchmark: router")
+    bench.add_argument("--rounds", type=int, default=7, metavar="N",
+                       help="how often the two are timed in turn (default: %(default)d)")
+    bench.add_argument("--out", type=Path, metavar="FILE", help="JSON to write (default: data/benchmarks/NAME.json)")
+    bench.set_defaults(command=_bench)
     return parser
 
 
@@ -172,6 +190,12 @@ def _common(parser: argparse.ArgumentParser) -> None:
                         help="number of seeds (default: the profile's)")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE",
                         help="replace a field of the profile; may be given several times")
+    _arms(parser)
+
+
+def _arms(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--arms", default="core", choices=("core", "extended"),
+                        help="extended: also what notebooks keep beyond their budget (default: core)")
 
 
 if __name__ == "__main__":

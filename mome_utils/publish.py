@@ -51,7 +51,7 @@ def publish(root: Path, request: Request | None = None) -> str:
     request = request or Request()
     if request.profile != "laptop":
         raise MomeError(f"Only a 'laptop' run is published, not one at '{request.profile}'.")
-    parameters, folder = request.resolve()
+    resolved, folder = request.resolve()
     readme = (root / "README.md").read_text(encoding="utf-8")
     with_block(readme, "")
     sources = select_notebooks(root)
@@ -60,7 +60,7 @@ def publish(root: Path, request: Request | None = None) -> str:
     for path in sources:
         notebook = read_notebook(path)
         record = read_record(record_path(folder, path))
-        reason = stale_reason(notebook, parameters, record, folder)
+        reason = stale_reason(notebook, request.digest_of(notebook, resolved), record, folder)
         if reason is not None or record is None:
             raise MomeError(f"notebooks/{path.name} cannot be published ({reason}): run 'mome study' first.")
         executed = read_notebook(folder / "notebooks" / path.name)
@@ -74,7 +74,7 @@ def publish(root: Path, request: Request | None = None) -> str:
     with write_folder_atomic(root / RESULTS) as results:
         for path in sources:
             _copy(folder / "results" / path.stem, results / path.stem)
-        study = {"profile": "laptop", "cores": os.cpu_count(), "notebooks": entries}
+        study = {"profile": "laptop", "arms": request.arms, "cores": os.cpu_count(), "notebooks": entries}
         write_atomic(results / STUDY, json.dumps(study, indent=1, ensure_ascii=False) + "\n")
     write_atomic(root / "README.md", with_block(readme, readme_block(root)))
     return f"Published {len(merged)} notebooks with their figures and tables."
@@ -123,10 +123,13 @@ def readme_block(root: Path) -> str:
     for name, entry in study["notebooks"].items():
         title, question = _title_and_question(read_notebook(root / "notebooks" / f"{name}.ipynb"))
         took = in_words(round(entry["first_run_seconds"]))
+        if entry["extended_seconds"]:
+            took += f" (extended arms: {in_words(round(entry['extended_seconds']))} more)"
         lines.append(f"| [{title}](notebooks/{name}.ipynb) | {question} | {took} |")
     total = in_words(sum(entry["first_run_seconds"] for entry in study["notebooks"].values()))
     cores = study["cores"]
-    lines += ["", f"Together {total} on {cores} processor cores the first time, and seconds after that.", ""]
+    asked = " `--arms extended` adds the extended arms; they are shown." if study["arms"] == "extended" else ""
+    lines += ["", f"Together {total} on {cores} processor cores the first time, and seconds after that.{asked}", ""]
     lines += ["| Claim | As published | Effect here, with 95 % interval | Margin | Verdict |",
               "|---|---|---:|---:|---|"]
     for claim in _claims(root / RESULTS, study["notebooks"]).to_dict("records"):
@@ -185,6 +188,7 @@ def _entry(record: Record, folder: Path, name: str) -> dict[str, Any]:
     return {
         "code": record.code,
         "first_run_seconds": round(record.first_run, 1),
+        "extended_seconds": round(record.extra, 1),
         "results": [f"{manifest.stage}/{manifest.key}" for manifest in manifests],
         "sources": {k: v for manifest in manifests for k, v in sorted(manifest.sources.items())},
         "figures": _digests(folder / "figures" / name),

@@ -35,7 +35,8 @@ class Record:
         parameters: whatever decided the run, as a digest.
         manifests: manifest file, relative to the profile's folder, to its SHA-256.
         cells: seconds each executed code cell took, in order.
-        first_run: seconds the notebook takes when nothing it makes is in the store.
+        first_run: seconds the notebook takes when nothing it makes is in the store, without ``extra``.
+        extra: seconds of training that belong to the extended arms.
         finished: false while it runs, and for good when it does not get to its end.
     """
 
@@ -45,6 +46,7 @@ class Record:
     manifests: Mapping[str, str]
     cells: Sequence[float]
     first_run: float = 0.0
+    extra: float = 0.0
     finished: bool = True
 
     @property

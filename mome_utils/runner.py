@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import sys
 import time
@@ -30,13 +31,18 @@ from papermill.exceptions import PapermillExecutionError
 from mome_utils.artifacts import digest, source_digest
 from mome_utils.config import MomeError
 from mome_utils.overview import BUDGET_SECONDS, Overview, Plan
-from mome_utils.records import Record, code_digest, is_skipped, read_record, stale_reason, write_record
+from mome_utils.records import Record, code_digest, is_skipped, read_record, stale_reason, tags, write_record
 from mome_utils.study import Study
 
 __all__ = ["CellFailed", "Request", "plan_study", "read_notebook", "record_path", "run_notebook", "run_study",
            "select_notebooks"]
 
 ENGINE = "mome"
+#: Set in kernels without a reader, where :func:`mome_utils.widgets.explore` leaves its static figure alone.
+STATIC = "MOME_STATIC"
+#: Lets the C library keep the memory of freed tensors: a training step frees and takes the same few megabytes again
+#: and again, and having them mapped and cleared anew costs up to a third of it. Kernels hand this on to workers.
+KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "1000000000", "MALLOC_MMAP_THRESHOLD_": "1000000000"}
 
 
 class CellFailed(Exception):
@@ -53,6 +59,7 @@ class Request:
         languages: language codes in order; empty for all.
         seeds: number of seeds; 0 for the profile's.
         overrides: fields of the profile to replace.
+        arms: ``core``, or ``extended`` for what notebooks keep beyond their budget.
     """
 
     profile: str = "laptop"
@@ -60,17 +67,23 @@ class Request:
     languages: tuple[str, ...] = ()
     seeds: int = 0
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    arms: str = "core"
 
-    def parameters(self) -> dict[str, Any]:
-        """The values of the notebooks' common parameters."""
-        return {"profile": self.profile, "corpus": self.corpus, "languages": list(self.languages),
-                "seeds": self.seeds, "overrides": dict(self.overrides)}
+    def __post_init__(self) -> None:
+        if self.arms not in ("core", "extended"):
+            raise MomeError(f"The arms must be 'core' or 'extended', not '{self.arms}'.")
+
+    def parameters(self, notebook: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The values of the notebooks' common parameters, with ``arms`` for a notebook that has them to choose."""
+        common = {"profile": self.profile, "corpus": self.corpus, "languages": list(self.languages),
+                  "seeds": self.seeds, "overrides": dict(self.overrides)}
+        return common | ({"arms": self.arms} if notebook is not None and _chooses_arms(notebook) else {})
 
     def resolve(self) -> tuple[str, Path]:
-        """What these parameters mean now, as a digest, and the folder that their results lie in.
+        """What the common parameters mean now, as a digest, and the folder that their results lie in.
 
         The digest covers the resolved profile (its seeds among them), the corpus' content and the recipes
-        that turn both into runs.
+        that turn both into runs. A notebook's own digest is :meth:`digest_of`.
 
         Raises:
             MomeError: a parameter is wrong; so call it before work starts.
@@ -78,6 +91,16 @@ class Request:
         study = Study.open("", **self.parameters(), quiet=True)
         recipes = source_digest("mome_utils.recipes")
         return digest([study.profile, study.corpus.fingerprint, study.languages, recipes]), study.store.root
+
+    def digest_of(self, notebook: Mapping[str, Any], resolved: str) -> str:
+        """What decides a run of this notebook: the ``resolved`` common parameters, and the arms it chooses."""
+        return digest([resolved, self.arms]) if _chooses_arms(notebook) else resolved
+
+
+def _chooses_arms(notebook: Mapping[str, Any]) -> bool:
+    """Whether the parameters of a notebook have ``arms`` among them."""
+    cells = [cell for cell in notebook["cells"] if "parameters" in tags(cell)]
+    return any(line.startswith("arms:") for cell in cells for line in "".join(cell["source"]).splitlines())
 
 
 def select_notebooks(root: Path, only: Sequence[str] = ()) -> list[Path]:
@@ -107,7 +130,7 @@ def read_notebook(path: Path) -> dict[str, Any]:
 
 
 def plan_study(
-    notebooks: Sequence[Path], parameters: str, folder: Path, *, profile: str, force: bool = False
+    notebooks: Sequence[Path], request: Request, resolved: str, folder: Path, *, force: bool = False
 ) -> list[Plan]:
     """For each notebook whether it has to run, why, and how long that should take.
 
@@ -115,15 +138,15 @@ def plan_study(
 
     Args:
         notebooks: source notebooks.
-        parameters: digest of what decides the run, see :meth:`Request.resolve`.
+        request: the run; only at the profile ``laptop`` the budget is a time.
+        resolved: digest of its common parameters, see :meth:`Request.resolve`.
         folder: the folder of its results.
-        profile: its name; only at ``laptop`` the budget is a time.
         force: run even what is not stale.
     """
     plans = []
     for path in notebooks:
-        reason = _reason(path, parameters, folder) or ("asked for" if force else None)
         source = read_notebook(path)
+        reason = _reason(path, request.digest_of(source, resolved), folder) or ("asked for" if force else None)
         # One more than the source has: papermill's own cell, which sets the parameters.
         cells = 1 + sum(cell["cell_type"] == "code" and not is_skipped(cell) for cell in source["cells"])
         record = read_record(record_path(folder, path))
@@ -135,7 +158,7 @@ def plan_study(
     scale = sum(p.seconds for p in timed) / sum(BUDGET_SECONDS.get(p.name[:2], 60) for p in timed) if timed else 1
     return [
         plan if plan.measured else
-        dataclasses.replace(plan, expected=[t * scale for t in plan.expected], measured=profile == "laptop")
+        dataclasses.replace(plan, expected=[t * scale for t in plan.expected], measured=request.profile == "laptop")
         for plan in plans
     ]
 
@@ -162,12 +185,14 @@ def run_study(
         CellFailed: a cell raised; the notebooks before it are finished and will be skipped the next time.
     """
     notebooks = select_notebooks(root, only)
-    parameters, folder = request.resolve()
-    plans = plan_study(notebooks, parameters, folder, profile=request.profile, force=force)
+    resolved, folder = request.resolve()
+    plans = plan_study(notebooks, request, resolved, folder, force=force)
     overview = Overview(plans, stream or sys.stdout)
     ran = 0
     try:
         for index, path in enumerate(notebooks):
+            source = read_notebook(path)
+            parameters = request.digest_of(source, resolved)
             # Looked at again: what ran before this one may have made what it reads anew.
             reason = _reason(path, parameters, folder) or ("asked for" if force else None)
             plan = plans[index] = dataclasses.replace(plans[index], reason=reason)
@@ -179,9 +204,8 @@ def run_study(
             _touched_path(folder, path).unlink(missing_ok=True)
             # Figures of an earlier run that this one does not draw must not be taken for its own.
             shutil.rmtree(folder / "figures" / path.stem, ignore_errors=True)
-            source = read_notebook(path)
             cells = run_notebook(
-                path, folder / "notebooks" / path.name, request.parameters(), root=root, on_cell=overview.cell
+                path, folder / "notebooks" / path.name, request.parameters(source), root=root, on_cell=overview.cell
             )
             _keep_record(folder, path, Record(path.stem, code_digest(source), parameters, {}, cells))
             overview.finished(plan)
@@ -246,7 +270,10 @@ class _RunningInterpreter(KernelSpecManager):
     """Knows one kernel: the interpreter this process runs in, whatever else is installed under its name."""
 
     def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
-        return KernelSpec(resource_dir=RESOURCES, **get_kernel_dict())
+        spec = KernelSpec(resource_dir=RESOURCES, **get_kernel_dict())
+        # Nobody is there to drag a slider; and a value of the reader's own goes before ours.
+        spec.env = {**spec.env, STATIC: "1", **{k: v for k, v in KEEP_MEMORY.items() if k not in os.environ}}
+        return spec
 
 
 class _Client(PapermillNotebookClient):
@@ -317,10 +344,11 @@ def _keep_record(folder: Path, notebook: Path, record: Record) -> None:
         )
     touched = json.loads(path.read_text(encoding="utf-8"))
     before = read_record(record_path(folder, notebook))
-    first = record.seconds + touched["run_seconds"]
+    first, extra = record.seconds + touched["run_seconds"], touched["extra_seconds"]
     if before is not None and (before.code, before.parameters) == (record.code, record.parameters):
-        first = max(first, before.first_run)  # the last run found results that an earlier one had made
-    complete = dataclasses.replace(record, manifests=touched["manifests"], first_run=first)
+        # The last run found results that an earlier one had made.
+        first, extra = max(first, before.first_run), max(extra, before.extra)
+    complete = dataclasses.replace(record, manifests=touched["manifests"], first_run=first, extra=extra)
     write_record(record_path(folder, notebook), complete)
 
 

@@ -31,6 +31,7 @@ __all__ = ["Study", "artifacts_root", "project_root", "study_folder"]
 
 DATASET_MODULES = tuple(f"mome_utils.{m}" for m in ("corpus", "tokenization", "balance", "dataset"))
 SCORE_MODULES = ("mome_utils.evaluation",)
+ROUTER_MODULES = ("mome_utils.router_fit", "mome_utils.routing")
 #: What a verdict rests on besides the rows: a changed margin makes the notebooks that settle claims stale.
 CLAIM_MODULES = ("mome_utils.claims", "mome_utils.intervals")
 #: Profile fields that decide the data set, and so its key.
@@ -74,6 +75,8 @@ class Study:
     touched: dict[str, str] = field(default_factory=dict)
     #: Seconds of training behind each run, 0 for those trained by this notebook, by manifest.
     loaded: dict[str, float] = field(default_factory=dict)
+    #: The same of runs that belong to the extended arms only.
+    extra: dict[str, float] = field(default_factory=dict)
     _tables: dict[str, pd.DataFrame] = field(default_factory=dict)
     _data: StudyData | None = None
 
@@ -171,8 +174,10 @@ class Study:
 
     # ------------------------------------------------------------------ runs
 
-    def runs(self, specs: Sequence[TrainSpec]) -> list[Run]:
+    def runs(self, specs: Sequence[TrainSpec], *, extra: bool = False) -> list[Run]:
         """The finished runs of ``specs``, in order; what is not in the store is trained, side by side.
+
+        ``extra`` marks runs beyond a notebook's core set, whose time is reported apart.
 
         Raises:
             MissingArtifact: names the notebook that trains a teacher the specs need, before anything starts.
@@ -201,7 +206,7 @@ class Study:
             trained = run.key in todo
             # Zero for what was trained here: the notebook's own time already holds it, also when asked again.
             seconds = 0.0 if trained else float(run.metrics["seconds"]) / self.profile.jobs
-            self.loaded.setdefault(self._name(run.folder), seconds)
+            (self.extra if extra else self.loaded).setdefault(self._name(run.folder), seconds)
         if not todo:
             display(Markdown(f"*{loaded} runs loaded from the store.*"))
         return runs
@@ -303,13 +308,13 @@ class Study:
     # --------------------------------------------------------------- router
 
     def _router_key(self) -> str:
-        return digest({"data": self.data().fingerprint, "source": source_digest("mome_utils.routing")})
+        return digest({"data": self.data().fingerprint, "source": source_digest(*ROUTER_MODULES)})
 
     def save_router(self, router: TokenRouter) -> None:
         """Keep the fitted router for the notebooks that follow (notebook 04)."""
         inputs = {"data": self.data().fingerprint}
         with self.store.create(
-            "router", self._router_key(), inputs=inputs, parameters={}, modules=["mome_utils.routing"]
+            "router", self._router_key(), inputs=inputs, parameters={}, modules=ROUTER_MODULES
         ) as result:
             router.save(result.folder)
         self.touch(self.store.path("router", self._router_key()))
@@ -374,13 +379,13 @@ class Study:
         """A result's manifest, relative to the store."""
         return (folder / "manifest.json").relative_to(self.store.root).as_posix()
 
-    def _first_run_seconds(self) -> float:
+    def _first_run_seconds(self, loaded: Mapping[str, float]) -> float:
         """What a first run would have spent on training beyond this one: loaded runs that no notebook before uses."""
         earlier: set[str] = set()
         for record in (self.store.root / "notebooks").glob("*.touched.json"):
             if record.name < f"{self.notebook}.touched.json":
                 earlier |= json.loads(record.read_text(encoding="utf-8"))["manifests"].keys()
-        return sum(seconds for name, seconds in self.loaded.items() if name not in earlier)
+        return sum(seconds for name, seconds in loaded.items() if name not in earlier)
 
     def finish(self) -> None:
         """Write the result tables, and what this notebook touched; the last cell of every notebook."""
@@ -393,7 +398,11 @@ class Study:
             for name, table in self._tables.items():
                 table.to_parquet(result.folder / f"{name}.parquet", index=False)
         self.touch(self.store.path("results", self.notebook))
-        record = {"notebook": self.notebook, "manifests": self.touched, "run_seconds": self._first_run_seconds()}
+        extra = {name: seconds for name, seconds in self.extra.items() if name not in self.loaded}
+        record = {
+            "notebook": self.notebook, "manifests": self.touched,
+            "run_seconds": self._first_run_seconds(self.loaded), "extra_seconds": self._first_run_seconds(extra),
+        }
         target = self.store.root / "notebooks" / f"{self.notebook}.touched.json"
         write_atomic(target, json.dumps(json.loads(canonical_json(record)), indent=1) + "\n")
         names = ", ".join(self._tables) or "no tables"

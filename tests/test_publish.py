@@ -101,6 +101,7 @@ def test_publish_brings_outputs_tables_figures_and_readme_together(repository: P
     assert list(claims["claim"]) == ["C5a"]
     study = json.loads((repository / "data/results/laptop/study.json").read_text(encoding="utf-8"))
     assert study["notebooks"]["01_toy"]["results"] == ["results/01_toy"]
+    assert study["arms"] == "core" and study["notebooks"]["01_toy"]["extended_seconds"] == 0
     readme = (repository / "README.md").read_text(encoding="utf-8")
     assert readme.startswith("# Toy\n") and readme.endswith("Last line.\n")
     assert "| [1 · A toy](notebooks/01_toy.ipynb) | Does it work at all? |" in readme
@@ -194,6 +195,17 @@ def test_nothing_is_written_when_publishing_is_refused(repository: Path, origina
         publish(repository, request_for(original))
     (repository / "README.md").write_bytes(before[repository / "README.md"])
     assert {path: path.read_bytes() for path in repository.rglob("*") if path.is_file()} == before
+
+
+def test_the_readme_tells_the_time_of_the_extended_arms_apart(repository: Path, original: Path) -> None:
+    publish(repository, request_for(original))
+    path = repository / "data/results/laptop/study.json"
+    study = json.loads(path.read_text(encoding="utf-8"))
+    assert "extended" not in readme_block(repository)
+    study["arms"], study["notebooks"]["01_toy"]["extended_seconds"] = "extended", 1500.0
+    path.write_text(json.dumps(study), encoding="utf-8")
+    assert "(extended arms: 25 min 0 s more) |" in readme_block(repository)
+    assert "`--arms extended` adds the extended arms; they are shown." in readme_block(repository)
 
 
 def test_the_results_block_is_replaced_and_the_rest_kept() -> None:

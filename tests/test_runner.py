@@ -35,7 +35,7 @@ FINISH = '''import hashlib, json, os, pathlib
 folder = next(pathlib.Path(os.environ["MOME_ARTIFACTS"]).glob(f"{profile}-*"))
 names = [p for p in sorted(folder.glob("toy/*/manifest.json"))]
 used = {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in names}
-record = {"notebook": NAME, "manifests": used, "run_seconds": 1000.0}
+record = {"notebook": NAME, "manifests": used, "run_seconds": 1000.0, "extra_seconds": 7.0}
 (folder / "notebooks" / f"{NAME}.touched.json").write_text(json.dumps(record))'''
 
 
@@ -103,6 +103,21 @@ def test_runs_in_order_with_this_interpreter_then_skips_all(study: Callable[...,
     assert record is not None
     assert 0 < record.seconds < 60
     assert 1000 < record.first_run < 1060  # its own time and that of the training it found done
+    assert record.extra == 7
+
+
+def test_arms_reach_the_notebooks_that_choose_them_and_make_only_those_stale(study: Callable[..., Path]) -> None:
+    chooser = toy("02_chooser", "import os; print(arms, os.environ['MOME_STATIC'])")
+    chooser.cells[1].source += '\narms: str = "core"  # or extended'
+    root = study(_01_plain=toy("01_plain"), _02_chooser=chooser)
+    assert run(root)[0] == 2
+    assert outputs(executed(root, "02_chooser")).split() == ["core", "1"]
+    ran, shown = run(root, changes={"arms": "extended"})
+    assert ran == 1 and "01_plain: up to date" in shown
+    assert "02_chooser: started (its parameters have changed)" in shown
+    assert outputs(executed(root, "02_chooser")).split() == ["extended", "1"]
+    with pytest.raises(MomeError, match="'core' or 'extended', not 'all'"):
+        request(root, arms="all")
 
 
 def test_stops_at_a_failing_cell_and_goes_on_from_there(study: Callable[..., Path]) -> None:
