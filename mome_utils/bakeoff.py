@@ -33,7 +33,7 @@ from transformers import PreTrainedTokenizerFast
 from mome_utils.config import MomeError
 from mome_utils.corpus import Document
 from mome_utils.intervals import Interval, combine
-from mome_utils.routing import TokenTfidf, labelled
+from mome_utils.router_fit import TokenTfidf, labelled
 from mome_utils.tokenization import encode
 
 __all__ = [
@@ -116,7 +116,7 @@ def cross_validate(
         vocab_size: number of token ids.
         estimators: unfitted classifiers by name, see :func:`classifiers`.
         folds: number of folds. seed: of the folds (give estimators the same).
-        published_tokens: leave out the ids 0 to 9, see :class:`~mome_utils.routing.TokenTfidf`.
+        published_tokens: leave out the ids 0 to 9, see :class:`~mome_utils.router_fit.TokenTfidf`.
 
     Returns:
         Rows (seed, classifier, fold, topic, language, sequence, predicted, fit_seconds, predict_seconds), one

@@ -1,121 +1,43 @@
-"""The router: which language a sequence of token ids is in, decided from a bag of those ids.
+"""The router as it runs: which language a sequence of token ids is in, decided from a bag of those ids.
 
 The published router (MoME, arXiv 2407.19610) writes token ids as words, takes TF-IDF features of them and
-fits a linear classifier. :class:`TokenTfidf` computes those features straight from the ids, and
-:class:`TokenRouter` is the fitted pipeline as a tensor module: same logits, same decisions, batched, one
-decision per sequence, and saved as safetensors and JSON, so that loading a router can never run code.
+applies a linear classifier. :class:`TokenRouter` is that pipeline, once fitted, as a tensor module: same logits,
+same decisions, batched, one decision per sequence, and saved as safetensors and JSON, so that loading a router
+can never run code. :mod:`mome_utils.router_fit` fits, calibrates and extends it.
 
-Shapes: ``n`` sequences, ``V`` token ids, ``L`` languages, ``F`` features (the ids that the vectorizer keeps).
+Shapes: ``B`` sequences of ``T`` positions, ``V`` token ids, ``L`` languages.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
-import pandas as pd
 import safetensors
 import safetensors.torch
-import scipy.sparse as sp
 import torch
-from sklearn.base import BaseEstimator, TransformerMixin
-from sklearn.feature_extraction.text import TfidfTransformer, TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import normalize
 from torch import Tensor, nn
 
-from mome_utils.artifacts import DamagedArtifact, file_digest, write_atomic
+from mome_utils.artifacts import DamagedArtifact, write_atomic
 from mome_utils.config import MomeError
 
-__all__ = [
-    "AS_MEANT_PATTERN", "PUBLISHED_PATTERN", "TokenRouter", "TokenTfidf", "count_tokens", "fit_router",
-    "labelled", "top_features", "words",
-]
+__all__ = ["ABSTAIN", "TokenRouter"]
 
-#: Every id is a word.
-AS_MEANT_PATTERN = r"\S+"
-#: scikit-learn's default, which the release uses: a word has two characters or more, so ids 0 to 9 are lost.
-PUBLISHED_PATTERN = r"(?u)\b\w\w+\b"
+#: The route of a sequence on which the router abstains.
+ABSTAIN = -1
 
-_FORMAT = "mome-token-router"
-
-
-def words(sequences: Sequence[Any]) -> list[str]:
-    """Each sequence of token ids as a text of numbers, the form in which the release hands them to TF-IDF.
-
-    Example:
-        >>> words([[7, 12], []])
-        ['7 12', '']
-    """
-    return [" ".join(str(int(token)) for token in sequence) for sequence in sequences]
-
-
-def count_tokens(sequences: Sequence[Any], vocab_size: int) -> sp.csr_matrix:
-    """How often each id occurs in each sequence.
-
-    Args:
-        sequences: ``n`` sequences of ids (a list of lists or arrays of any lengths, or one array [n, T]).
-        vocab_size: ``V``.
-
-    Returns:
-        Sparse counts [n, V], float64.
-
-    Raises:
-        MomeError: an id is negative or not below ``vocab_size``.
-    """
-    rows = [np.asarray(sequence, dtype=np.int64) for sequence in sequences]
-    ids = np.concatenate([np.empty(0, np.int64), *rows])
-    if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
-        raise MomeError(
-            f"A token id lies outside the router's vocabulary of {vocab_size} ids: "
-            "use the tokenizer that the router was fitted with."
-        )
-    starts = np.concatenate([[0], np.cumsum([row.size for row in rows])]).astype(np.int64)
-    counts = sp.csr_matrix((np.ones(ids.size), ids, starts), shape=(len(rows), vocab_size))
-    counts.sum_duplicates()
-    return counts
-
-
-class TokenTfidf(TransformerMixin, BaseEstimator):
-    """TF-IDF of token counts, equal to scikit-learn's ``TfidfVectorizer`` on the ids written as words.
-
-    Term counts times ``idf(t) = ln((1 + n) / (1 + df(t))) + 1``, scaled to Euclidean length 1; ids never seen
-    while fitting are ignored, as the vectorizer ignores unknown words.
-
-    Args:
-        published_tokens: leave out the ids 0 to 9, as the release's token pattern does without saying so.
-
-    Attributes:
-        vocab_size_: ``V``. tokens_: ids of the features, ascending [F]. idf_: their weights [F].
-    """
-
-    def __init__(self, *, published_tokens: bool = False) -> None:
-        self.published_tokens = published_tokens
-
-    def fit(self, counts: sp.csr_matrix, y: Any = None) -> Self:
-        """Learn the document frequencies from counts [n, V]."""
-        seen = np.flatnonzero(counts.getnnz(axis=0))
-        self.tokens_ = seen[seen >= 10] if self.published_tokens else seen
-        self.vocab_size_ = counts.shape[1]
-        self.idf_ = TfidfTransformer().fit(counts[:, self.tokens_]).idf_
-        return self
-
-    def transform(self, counts: sp.csr_matrix) -> sp.csr_matrix:
-        """Counts [n, V] to features [n, F]; a sequence with no known id gives a row of zeros."""
-        return normalize(counts[:, self.tokens_].multiply(self.idf_).tocsr(), norm="l2", copy=False)
-
-
-def labelled(blocks: Mapping[str, Sequence[Any]], vocab_size: int) -> tuple[sp.csr_matrix, np.ndarray]:
-    """Token counts of all languages' sequences, in the mapping's order, and the index of each one's language.
-
-    Returns:
-        Counts [n, V] and labels [n] (int64).
-    """
-    counts = sp.vstack([count_tokens(sequences, vocab_size) for sequences in blocks.values()]).tocsr()
-    return counts, np.repeat(np.arange(len(blocks)), [len(sequences) for sequences in blocks.values()])
+_FORMAT, _VERSION = "mome-token-router", 2
+#: Numbers of working memory per step: 2 MB in float64, so that a step's passes find them in a core's cache.
+_WORKSPACE = 2**18
+#: From this many ids per pair of positions it is cheaper to compare all pairs than to count in a table of V numbers.
+_PAIRS = 16
+#: Up to this many ids per position it is cheaper to count all ids than to look up each position.
+_DENSE = 8
+#: One temperature for 1, 2, 4, … 4,096 known tokens.
+_TEMPERATURES = 13
 
 
 class TokenRouter(nn.Module):
@@ -135,7 +57,15 @@ class TokenRouter(nn.Module):
         languages: names of the rows, at least two different ones.
 
     Attributes:
-        idf: [V]. weight: [L, V]. bias: [L]. languages: the names, in the order of the logits.
+        languages: the names, in the order of the logits.
+        idf: [V]. weight: [L, V]. bias: [L].
+        temperature: [13], what the logits are divided by before the softmax, for 1, 2, 4, … 4,096 known tokens;
+            all 1 until calibrated.
+        threshold: [], see :attr:`abstain_below`.
+        statistics: [L, V], how often each id occurs in the text of each language that the router was fitted on;
+            0 where unknown. Adding a language needs them instead of that text.
+        concentration: [L], how alike the sequences of a language are, as the concentration of a
+            Dirichlet-multinomial distribution with mean ``statistics``; 0 where unknown.
 
     Example:
         >>> router = TokenRouter(8, ("en", "fr"))
@@ -146,6 +76,10 @@ class TokenRouter(nn.Module):
     idf: Tensor
     weight: Tensor
     bias: Tensor
+    temperature: Tensor
+    threshold: Tensor
+    statistics: Tensor
+    concentration: Tensor
 
     def __init__(self, vocab_size: int, languages: Sequence[str]) -> None:
         super().__init__()
@@ -155,9 +89,9 @@ class TokenRouter(nn.Module):
             raise MomeError(f"A router needs a vocabulary of one id or more, not {vocab_size}.")
         self.languages = tuple(languages)
         self.vocab_size = vocab_size
-        self.register_buffer("idf", torch.zeros(vocab_size, dtype=torch.float64))
-        self.register_buffer("weight", torch.zeros(len(self.languages), vocab_size, dtype=torch.float64))
-        self.register_buffer("bias", torch.zeros(len(self.languages), dtype=torch.float64))
+        for name, shape in _shapes(len(self.languages), vocab_size).items():
+            start = torch.ones if name == "temperature" else torch.zeros
+            self.register_buffer(name, start(shape, dtype=torch.float64))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """Follow moves between devices, ignore changes of number type (see the class)."""
@@ -170,86 +104,162 @@ class TokenRouter(nn.Module):
                 )
         return self
 
-    @classmethod
-    def from_sklearn(
-        cls, vectorizer: TokenTfidf | TfidfVectorizer, model: Any, languages: Sequence[str], *,
-        vocab_size: int | None = None,
-    ) -> TokenRouter:
-        """Compile a fitted scikit-learn pipeline.
-
-        Args:
-            vectorizer: a fitted :class:`TokenTfidf`, or a fitted ``TfidfVectorizer`` over :func:`words`.
-            model: a fitted linear classifier with ``coef_`` and ``intercept_``.
-            languages: the name of each of ``model.classes_``, in that order.
-            vocab_size: needed for a ``TfidfVectorizer``, which does not know it.
-
-        For two languages scikit-learn keeps one row with decision value ``d``; the router's rows are then
-        ``-d/2`` and ``d/2``: their difference is ``d``, their argmax the model's decision, their softmax the
-        probabilities of logistic regression.
-
-        Raises:
-            MomeError: not a linear model, other features than the published ones, or names that do not fit.
-        """
-        if isinstance(vectorizer, TfidfVectorizer):
-            plain = vectorizer.norm == "l2" and vectorizer.use_idf and not vectorizer.sublinear_tf
-            if not plain or vectorizer.binary or vectorizer.ngram_range != (1, 1) or vocab_size is None:
-                raise MomeError(
-                    "A TfidfVectorizer becomes a router only as plain TF-IDF of single ids with L2 norm: "
-                    "leave its options at their defaults and give vocab_size."
-                )
-            tokens = np.array([int(word) for word in vectorizer.get_feature_names_out()], dtype=np.int64)
-        else:
-            tokens, vocab_size = vectorizer.tokens_, int(vectorizer.vocab_size_)
-        if not hasattr(model, "coef_"):
-            raise MomeError(
-                f"A router is compiled from a linear classifier, which {type(model).__name__} is not: "
-                "choose logistic regression, SGD or a linear SVM."
-            )
-        if len(languages) != len(model.classes_):
-            raise MomeError(
-                f"The classifier knows {len(model.classes_)} classes, but {len(languages)} names were given: "
-                "name each of model.classes_ in its order."
-            )
-        rows = np.asarray(model.coef_, float)
-        bias = np.broadcast_to(model.intercept_, len(rows)).astype(float)
-        if len(rows) == 1:
-            rows, bias = np.concatenate([-rows, rows]) / 2, np.concatenate([-bias, bias]) / 2
-        router = cls(vocab_size, languages)
-        router.idf[tokens] = torch.from_numpy(np.asarray(vectorizer.idf_, float))
-        router.weight[:, tokens] = torch.from_numpy(rows)
-        router.bias.copy_(torch.from_numpy(bias))
-        return router
+    # ------------------------------------------------------------------------------------------ decisions
 
     @torch.no_grad()
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits of each sequence.
 
         Args:
-            input_ids: int64 [B, T], ids in 0 … V-1; T may be 0.
-            attention_mask: [B, T], 0 where a position does not count (padding); ``None`` counts all.
+            input_ids: whole numbers [B, T], ids in 0 … V-1; B and T may be 0.
+            attention_mask: [B, T], 0 where a position does not count (padding, whatever id it holds); ``None``
+                counts all.
 
         Returns:
-            [B, L] float64: scikit-learn's ``decision_function``.
-        """
-        counted = torch.ones_like(input_ids) if attention_mask is None else (attention_mask != 0)
-        features = self.idf.new_zeros(input_ids.shape[0], self.vocab_size)
-        features.scatter_add_(1, input_ids, counted.to(features.dtype))
-        features.mul_(self.idf)
-        norm = features.norm(dim=1, keepdim=True)
-        return (features @ self.weight.T) / torch.where(norm > 0, norm, 1.0) + self.bias
+            [B, L] float64: scikit-learn's ``decision_function``. Calibration does not change them.
 
+        Raises:
+            MomeError: an id that counts lies outside the vocabulary, or the shapes do not fit.
+        """
+        ids, counted = self._checked(input_ids, attention_mask)
+        return torch.cat([bag / norm + self.bias for bag, norm in self._bags(ids, counted)])
+
+    @torch.no_grad()
+    def probabilities(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Calibrated probability of each language, [B, L] float64; each row adds up to 1.
+
+        Softmax of the logits over a temperature that depends on how many known tokens a sequence has (those
+        with ``idf > 0``): :attr:`temperature`, linear in between in log2 of that number. Arguments and errors
+        are those of :meth:`forward`.
+        """
+        ids, counted = self._checked(input_ids, attention_mask)
+        known = self.idf[ids] > 0
+        if counted is not None:
+            known &= counted
+        place = known.sum(1).clamp(1, 2 ** (_TEMPERATURES - 1)).to(self.bias.dtype).log2()
+        below = place.long().clamp(max=_TEMPERATURES - 2)
+        scale = torch.lerp(self.temperature[below], self.temperature[below + 1], place - below)
+        return (self(input_ids, attention_mask) / scale[:, None]).softmax(1)
+
+    @torch.no_grad()
     def route(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Index into ``languages`` for each sequence, int64 [B]; the first wins a tie, as in scikit-learn."""
-        return self(input_ids, attention_mask).argmax(dim=1)
+        """Index into ``languages`` for each sequence, int64 [B]; the first wins a tie, as in scikit-learn.
+
+        :data:`ABSTAIN` (-1) where the largest probability is less than :attr:`abstain_below`. Arguments and
+        errors are those of :meth:`forward`.
+        """
+        chosen = self(input_ids, attention_mask).argmax(dim=1)
+        if self.abstain_below is None:
+            return chosen
+        sure = self.probabilities(input_ids, attention_mask).amax(1) >= self.threshold
+        return torch.where(sure, chosen, ABSTAIN)
+
+    @property
+    def abstain_below(self) -> float | None:
+        """The probability that a route needs, more than 0 and at most 1; ``None`` never abstains.
+
+        It is kept in the buffer ``threshold`` (0 for ``None``), so a model that owns the router keeps it too.
+
+        Raises:
+            MomeError: set to a number outside this range.
+        """
+        return float(self.threshold) or None
+
+    @abstain_below.setter
+    def abstain_below(self, value: float | None) -> None:
+        if value is not None and not 0 < value <= 1:
+            raise MomeError(f"abstain_below is a probability, more than 0 and at most 1, or None, not {value!r}.")
+        self.threshold.fill_(value or 0.0)
+
+    @torch.no_grad()
+    def contributions(self, input_ids: Tensor) -> Tensor:
+        """The exact share of each token in the logits of one sequence.
+
+        Args:
+            input_ids: whole numbers [T].
+
+        Returns:
+            [T, L] float64; the rows add up to ``logits - bias``.
+
+        Raises:
+            MomeError: as :meth:`forward`, or more than one sequence.
+        """
+        if input_ids.dim() != 1:
+            raise MomeError(f"Contributions are those of one sequence [T], not of {tuple(input_ids.shape)}.")
+        ids, _ = self._checked(input_ids[None], None)
+        [(_, norm)] = self._bags(ids, None)
+        return (self.weight[:, ids[0]] * self.idf[ids[0]]).T / norm
+
+    # -------------------------------------------------------------------------------------------- counting
+
+    def _checked(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Ids as int64 and the mask as bool, both [B, T]; masked positions hold id 0, and no mask is none."""
+        if input_ids.dim() != 2 or input_ids.is_floating_point() or input_ids.is_complex():
+            raise MomeError(
+                f"A router reads whole numbers [sequences, positions], not {input_ids.dtype} of shape "
+                f"{tuple(input_ids.shape)}."
+            )
+        ids, counted = input_ids.long(), None
+        if attention_mask is not None:
+            if attention_mask.shape != input_ids.shape:
+                raise MomeError(
+                    f"The attention mask has the shape {tuple(attention_mask.shape)}, but the ids have "
+                    f"{tuple(input_ids.shape)}: give it one number per position."
+                )
+            counted = attention_mask.bool()
+            if counted.all():
+                counted = None
+            else:
+                ids = ids.masked_fill(~counted, 0)
+        if ids.numel():
+            low, high = ids.aminmax()
+            if low < 0 or high >= self.vocab_size:
+                raise MomeError(
+                    f"A token id lies outside the router's vocabulary of {self.vocab_size} ids: "
+                    "use the tokenizer that the router was fitted with."
+                )
+        return ids, counted
+
+    def _bags(self, ids: Tensor, counted: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """``weight · (c ∘ idf)`` [n, L] and ``‖c ∘ idf‖`` [n, 1] (1 for 0) of some n sequences after the other.
+
+        There are two exact ways to them: over all V ids, and over the T positions; the cheaper one is taken.
+        """
+        length, size = ids.shape[1], self.vocab_size
+        dense, pairs = size <= _DENSE * length, _PAIRS * length**2 <= size
+        # What one sequence needs: its counts or its comparisons, and where it looks up positions, their weights.
+        need = size if dense else max(length**2 if pairs else size, length * len(self.languages))
+        rows = max(1, min(_WORKSPACE // max(need, 1), len(ids)))
+        table = self.idf.new_zeros(rows, 0 if pairs and not dense else size)
+        ones = self.idf.new_ones(rows, length)
+        for start in range(0, max(len(ids), 1), rows):
+            some = ids[start : start + rows]
+            number = len(some)
+            present = ones[:number] if counted is None else counted[start : start + rows].to(ones.dtype)
+            if dense:
+                features = table[:number].zero_().scatter_add_(1, some, present).mul_(self.idf)
+                bag, norm = features @ self.weight.T, features.norm(dim=1, keepdim=True)
+            else:
+                counts = _count_pairs(some, present) if pairs else _count_in(table[:number], some, present)
+                idf = self.idf[some].mul_(present)
+                weights = self.weight.gather(1, some.reshape(1, -1).expand(len(self.weight), -1))
+                bag = weights.view(len(weights), *some.shape).mul_(idf).sum(-1).T
+                # Each of the c positions of an id brings c idf²: together (c idf)².
+                norm = counts.mul_(idf.square_()).sum(1, keepdim=True).sqrt()
+            yield bag, torch.where(norm > 0, norm, 1.0)
+
+    # --------------------------------------------------------------------------------------------- keeping
 
     def save(self, folder: Path | str) -> None:
-        """Write ``router.safetensors`` (the three buffers) and ``router.json`` (names, sizes, its hash)."""
+        """Write ``router.safetensors`` (the buffers) and ``router.json`` (names, sizes, its hash)."""
         folder = Path(folder)
-        tensors = {name: buffer.detach().cpu().contiguous() for name, buffer in self.state_dict().items()}
-        write_atomic(folder / "router.safetensors", safetensors.torch.save(tensors))
+        data = safetensors.torch.save({
+            name: buffer.detach().to("cpu", torch.float64).contiguous() for name, buffer in self.state_dict().items()
+        })
+        write_atomic(folder / "router.safetensors", data)
         description = {
-            "format": _FORMAT, "version": 1, "languages": list(self.languages), "vocab_size": self.vocab_size,
-            "sha256": file_digest(folder / "router.safetensors"),
+            "format": _FORMAT, "version": _VERSION, "languages": list(self.languages),
+            "vocab_size": self.vocab_size, "sha256": hashlib.sha256(data).hexdigest(),
         }
         write_atomic(folder / "router.json", json.dumps(description, indent=1, ensure_ascii=False) + "\n")
 
@@ -260,36 +270,62 @@ class TokenRouter(nn.Module):
         Raises:
             DamagedArtifact: a file is missing, cut short, changed, of another format, or the two do not fit.
         """
-        folder = Path(folder)
-        described, weights = folder / "router.json", folder / "router.safetensors"
+        described, weights = Path(folder) / "router.json", Path(folder) / "router.safetensors"
         for file in (described, weights):
             if not file.is_file():
                 raise _unreadable(file, "it is missing")
         try:
             facts = json.loads(described.read_text(encoding="utf-8"))
-        except ValueError:
+        except (ValueError, RecursionError):
             raise _unreadable(described, "it is not JSON") from None
-        if not isinstance(facts, dict) or (facts.get("format"), facts.get("version")) != (_FORMAT, 1):
-            raise _unreadable(described, f"it does not describe a '{_FORMAT}' of version 1")
+        if not isinstance(facts, dict) or (facts.get("format"), facts.get("version")) != (_FORMAT, _VERSION):
+            raise _unreadable(described, f"it does not describe a '{_FORMAT}' of version {_VERSION}")
         languages, vocab_size = facts.get("languages"), facts.get("vocab_size")
         if not isinstance(languages, list) or not all(isinstance(name, str) for name in languages):
             raise _unreadable(described, "its languages are not a list of names")
-        if not isinstance(vocab_size, int) or isinstance(vocab_size, bool):
-            raise _unreadable(described, "its vocab_size is not a whole number")
-        if file_digest(weights) != facts.get("sha256"):
+        if len(set(languages)) != len(languages) or len(languages) < 2:
+            raise _unreadable(described, "its languages are not two or more different names")
+        if not isinstance(vocab_size, int) or isinstance(vocab_size, bool) or vocab_size < 1:
+            raise _unreadable(described, "its vocab_size is not a whole number of 1 or more")
+        data = weights.read_bytes()
+        if hashlib.sha256(data).hexdigest() != facts.get("sha256"):
             raise _unreadable(weights, "it is damaged or not the one that router.json names")
         try:
-            tensors = safetensors.torch.load(weights.read_bytes())
-        except safetensors.SafetensorError:
+            tensors = safetensors.torch.load(data)
+        except (safetensors.SafetensorError, KeyError):  # KeyError: a number type that torch does not have
             raise _unreadable(weights, "it is not a safetensors file") from None
-        shapes = {"idf": (vocab_size,), "weight": (len(languages), vocab_size), "bias": (len(languages),)}
+        shapes = _shapes(len(languages), vocab_size)
         if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != shapes:
             raise _unreadable(weights, f"it does not fit {len(languages)} languages and {vocab_size} ids")
-        if not all(tensor.is_floating_point() and tensor.isfinite().all() for tensor in tensors.values()):
-            raise _unreadable(weights, "its tensors are not finite numbers")
+        if not all(tensor.dtype == torch.float64 and tensor.isfinite().all() for tensor in tensors.values()):
+            raise _unreadable(weights, "its tensors are not finite numbers in float64")
+        never_negative = (tensors[name] for name in ("idf", "threshold", "statistics", "concentration"))
+        if tensors["threshold"] > 1 or tensors["temperature"].min() <= 0 or any((t < 0).any() for t in never_negative):
+            raise _unreadable(weights, "its tensors hold numbers that a router cannot have")
         router = cls(vocab_size, languages)
         router.load_state_dict(tensors)
         return router
+
+
+def _shapes(languages: int, vocab_size: int) -> dict[str, tuple[int, ...]]:
+    """Shape of every buffer of a router."""
+    return {
+        "idf": (vocab_size,), "weight": (languages, vocab_size), "bias": (languages,),
+        "temperature": (_TEMPERATURES,), "threshold": (),
+        "statistics": (languages, vocab_size), "concentration": (languages,),
+    }
+
+
+def _count_pairs(ids: Tensor, present: Tensor) -> Tensor:
+    """How often the id of each position is present in its sequence: [n, T] from ids and present [n, T]."""
+    return ((ids[:, :, None] == ids[:, None, :]).to(present.dtype) @ present[:, :, None]).squeeze(2)
+
+
+def _count_in(table: Tensor, ids: Tensor, present: Tensor) -> Tensor:
+    """:func:`_count_pairs` with a table [n, V] of zeros, which are zeros again afterwards."""
+    counts = table.scatter_add_(1, ids, present).gather(1, ids)
+    table.scatter_(1, ids, 0.0)
+    return counts
 
 
 def _unreadable(file: Path, why: str) -> DamagedArtifact:
@@ -297,55 +333,3 @@ def _unreadable(file: Path, why: str) -> DamagedArtifact:
         f"The router file {file.parent.name}/{file.name} cannot be used, {why}: "
         "fit the router again with notebook 04."
     )
-
-
-def fit_router(
-    blocks: Mapping[str, Sequence[Any]], vocab_size: int, *, model: Any = None, published_tokens: bool = False
-) -> TokenRouter:
-    """Fit TF-IDF and a linear classifier and compile them.
-
-    Args:
-        blocks: token sequences of each language; the mapping's order becomes the order of the logits.
-        vocab_size: ``V``.
-        model: an unfitted linear scikit-learn classifier; logistic regression with its defaults when absent.
-        published_tokens: as in :class:`TokenTfidf`.
-
-    Raises:
-        MomeError: fewer than two languages, or a language without a sequence.
-    """
-    empty = [language for language, sequences in blocks.items() if not len(sequences)]
-    if len(blocks) < 2 or empty:
-        raise MomeError(
-            f"A router cannot be fitted without text for {', '.join(empty)}: give it longer documents."
-            if empty else "A router needs the text of two or more languages."
-        )
-    counts, labels = labelled(blocks, vocab_size)
-    vectorizer = TokenTfidf(published_tokens=published_tokens).fit(counts)
-    classifier = LogisticRegression(max_iter=1000) if model is None else model
-    classifier.fit(vectorizer.transform(counts), labels)
-    return TokenRouter.from_sklearn(vectorizer, classifier, tuple(blocks))
-
-
-def top_features(router: TokenRouter, tokenizer: Any, n: int = 10) -> pd.DataFrame:
-    """The ids that speak most strongly for each language, decoded.
-
-    Args:
-        router: a fitted router.
-        tokenizer: the transformers tokenizer whose ids it reads.
-        n: ids per language.
-
-    Returns:
-        Rows (language, rank, token, text, weight), by falling weight; bytes that are no text alone are shown
-        in the tokenizer's own spelling.
-    """
-    rows = []
-    for language, weights in zip(router.languages, router.weight, strict=True):
-        known = torch.where(router.idf > 0, weights, -torch.inf)
-        best = known.topk(min(n, int((router.idf > 0).sum())))
-        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        for rank, (token, weight) in enumerate(pairs, start=1):
-            text = tokenizer.decode([token])
-            if "\ufffd" in text:
-                text = tokenizer.convert_ids_to_tokens(token)
-            rows.append({"language": language, "rank": rank, "token": token, "text": text, "weight": weight})
-    return pd.DataFrame(rows)

@@ -19,7 +19,7 @@ from mome_utils.models import build_gpt2
 from mome_utils.moe import MomeForCausalLM, build_mome
 from mome_utils.moe_config import COMMON, VARIANTS, MomeConfig
 from mome_utils.moe_settings import _normalizers, score_settings, setting_logits, settings
-from mome_utils.routing import fit_router
+from mome_utils.router_fit import fit_router
 from mome_utils.tokenization import train_tokenizer
 
 torch.set_num_threads(1)

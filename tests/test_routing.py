@@ -1,54 +1,37 @@
-"""The router and its bake-off: exact against scikit-learn, safe to load, honest folds and intervals."""
+"""The router: exact against scikit-learn on every path, calibrated, able to abstain, safe to load."""
 
 from __future__ import annotations
 
 import json
 import pickle
+import struct
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.ensemble import RandomForestClassifier
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression, SGDClassifier
-from sklearn.metrics import precision_recall_fscore_support
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.svm import LinearSVC
 
-from mome_utils.artifacts import file_digest
-from mome_utils.bakeoff import (
-    NAMES,
-    PUBLISHED,
-    assign_folds,
-    bake_off,
-    classifiers,
-    confusion_counts,
-    cross_validate,
-    document_blocks,
-    f1_interval,
-    lead_interval,
-    relative_cost,
-    score_table,
-    weighted_scores,
-)
+from mome_utils import routing
+from mome_utils.artifacts import DamagedArtifact, file_digest
+from mome_utils.bakeoff import document_blocks
 from mome_utils.config import MomeError
-from mome_utils.corpus import Document, load_corpus
-from mome_utils.routing import (
+from mome_utils.corpus import load_corpus
+from mome_utils.router_fit import (
     AS_MEANT_PATTERN,
     PUBLISHED_PATTERN,
-    TokenRouter,
-    TokenTfidf,
-    count_tokens,
     fit_router,
+    from_sklearn,
     labelled,
-    top_features,
     words,
 )
+from mome_utils.routing import ABSTAIN, TokenRouter
 from mome_utils.tokenization import train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,7 +58,7 @@ def pipeline(languages: int, model: object, pattern: str = AS_MEANT_PATTERN) -> 
 
 
 def compiled(pipe: Pipeline, languages: int) -> TokenRouter:
-    return TokenRouter.from_sklearn(pipe[0], pipe[1], LANGUAGES[:languages], vocab_size=VOCAB)
+    return from_sklearn(pipe[0], pipe[1], LANGUAGES[:languages], vocab_size=VOCAB)
 
 
 def padded(sequences: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,10 +77,24 @@ def assert_same(router: TokenRouter, pipe: Pipeline, sequences: list[list[int]],
     logits, texts = router(ids, mask), words(sequences)
     expected = pipe.decision_function(texts)
     if expected.ndim == 1:
-        np.testing.assert_allclose((logits[:, 1] - logits[:, 0]).numpy(), expected, atol=1e-5)
+        np.testing.assert_allclose((logits[:, 1] - logits[:, 0]).numpy(), expected, atol=1e-10, rtol=0)
     else:
-        np.testing.assert_allclose(logits.numpy(), expected, atol=1e-5)
+        np.testing.assert_allclose(logits.numpy(), expected, atol=1e-10, rtol=0)
     assert router.route(ids, mask).tolist() == pipe.predict(texts).tolist()
+
+
+#: Constants that make the router take one way of counting: all ids, pairs of positions, a table.
+WAYS = {"dense": (10**9, 0), "pairs": (0, 0), "table": (0, 10**9)}
+
+
+@pytest.fixture(params=WAYS)
+def way(request, monkeypatch):
+    """Each way of counting, with working memory for a few sequences at a time."""
+    dense, pairs = WAYS[request.param]
+    monkeypatch.setattr(routing, "_DENSE", dense)
+    monkeypatch.setattr(routing, "_PAIRS", pairs)
+    monkeypatch.setattr(routing, "_WORKSPACE", 3 * VOCAB)
+    return request.param
 
 
 MODELS = [LogisticRegression(max_iter=500), LinearSVC(random_state=0), SGDClassifier(random_state=0)]
@@ -111,7 +108,7 @@ def test_router_equals_the_published_pipeline_on_random_sequences(languages, pat
     pipe = pipeline(languages, model, pattern)
     router = compiled(pipe, languages)
 
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=15, deadline=None, derandomize=True)
     @given(SEQUENCES, st.integers(0, VOCAB - 1))
     def check(sequences: list[list[int]], pad: int) -> None:
         assert_same(router, pipe, sequences, pad)
@@ -119,22 +116,53 @@ def test_router_equals_the_published_pipeline_on_random_sequences(languages, pat
     check()
 
 
+def test_every_way_of_counting_is_the_published_pipeline(way):
+    pipe = pipeline(3, LogisticRegression())
+    router = compiled(pipe, 3)
+
+    @settings(max_examples=15, deadline=None, derandomize=True)
+    @given(SEQUENCES, st.integers(0, VOCAB - 1))
+    def check(sequences: list[list[int]], pad: int) -> None:
+        assert_same(router, pipe, sequences, pad)
+
+    check()
+    empty = router(torch.zeros(2, 0, dtype=torch.int64))
+    assert torch.equal(empty, router.bias.expand(2, -1))
+    assert router(torch.zeros(0, 5, dtype=torch.int64)).shape == (0, 3)
+
+
+def test_the_ways_of_counting_agree_on_long_sequences_of_a_large_vocabulary(monkeypatch):
+    router, generator = TokenRouter(5000, ("a", "b")), torch.Generator().manual_seed(0)
+    router.idf.copy_(torch.rand(5000, generator=generator).round(decimals=1))
+    router.weight.copy_(torch.randn(2, 5000, generator=generator))
+    ids = torch.randint(0, 5000, (7, 90), generator=generator) ** 2 // 5000
+    mask = torch.rand(7, 90, generator=generator) < 0.8
+    answers = []
+    for dense, pairs in WAYS.values():
+        monkeypatch.setattr(routing, "_DENSE", dense)
+        monkeypatch.setattr(routing, "_PAIRS", pairs)
+        answers.append(router(ids, mask))
+    features = torch.stack([torch.bincount(i[m], minlength=5000) for i, m in zip(ids, mask, strict=True)]) * router.idf
+    expected = features @ router.weight.T / features.norm(dim=1, keepdim=True)
+    for answer in answers:
+        torch.testing.assert_close(answer, expected, atol=1e-12, rtol=0)
+
+
 @pytest.fixture(scope="module")
 def real():
-    """A tokenizer, and the block sequences and topics of a slice of the embedded corpus."""
+    """The block sequences of a slice of the embedded corpus, by language, with 700 ids."""
     corpus = load_corpus("embedded", topics=24, root=ROOT)
     tokenizer = train_tokenizer([d.text for d in corpus.documents], 700)
-    cut = {name: document_blocks(tokenizer, corpus.of_language(name), 64) for name in corpus.languages}
-    return tokenizer, {k: v[0] for k, v in cut.items()}, {k: v[1] for k, v in cut.items()}
+    return {name: document_blocks(tokenizer, corpus.of_language(name), 64)[0] for name in corpus.languages}
 
 
 def test_router_equals_the_published_pipeline_on_ten_thousand_real_and_random_sequences(real):
-    _, blocks, _ = real
+    blocks = real
     counts, labels = labelled(blocks, 700)
     everything = [block.tolist() for sequences in blocks.values() for block in sequences]
     pipe = make_pipeline(TfidfVectorizer(token_pattern=AS_MEANT_PATTERN), LogisticRegression(max_iter=1000))
     pipe.fit(words(everything), labels)
-    router = TokenRouter.from_sklearn(pipe[0], pipe[1], tuple(blocks), vocab_size=700)
+    router = from_sklearn(pipe[0], pipe[1], tuple(blocks), vocab_size=700)
     generator = np.random.default_rng(0)
     noise = [generator.integers(0, 700, size=generator.integers(0, 65)).tolist() for _ in range(5000)]
     pieces = []
@@ -143,33 +171,6 @@ def test_router_equals_the_published_pipeline_on_ten_thousand_real_and_random_se
         start = generator.integers(len(block))
         pieces.append(block[start : start + generator.integers(1, 65)])
     assert_same(router, pipe, noise + pieces)
-
-
-def test_features_equal_the_vectorizer_on_ids_written_as_words():
-    blocks = [row.tolist() for block in synthetic(3).values() for row in block]
-    unseen = [[59, 59], [], [0, 1, 2], [59, 30, 30, 4]]
-    for pattern, published in ((AS_MEANT_PATTERN, False), (PUBLISHED_PATTERN, True)):
-        vectorizer = TfidfVectorizer(token_pattern=pattern).fit(words(blocks))
-        ours = TokenTfidf(published_tokens=published).fit(count_tokens(blocks, VOCAB))
-        order = [vectorizer.vocabulary_[str(token)] for token in ours.tokens_]
-        assert len(order) == len(vectorizer.vocabulary_)
-        for sequences in (blocks, unseen):
-            expected = vectorizer.transform(words(sequences))[:, order].toarray()
-            np.testing.assert_allclose(
-                ours.transform(count_tokens(sequences, VOCAB)).toarray(), expected, atol=1e-12
-            )
-
-
-def test_the_published_token_pattern_drops_the_ids_0_to_9():
-    sequences = [list(range(VOCAB))]
-    published = TfidfVectorizer(token_pattern=PUBLISHED_PATTERN).fit(words(sequences))
-    assert TfidfVectorizer().token_pattern == PUBLISHED_PATTERN
-    assert {int(word) for word in published.get_feature_names_out()} == set(range(10, VOCAB))
-    assert TokenTfidf(published_tokens=True).fit(count_tokens(sequences, VOCAB)).tokens_.min() == 10
-    router = fit_router(synthetic(2), VOCAB, published_tokens=True)
-    ids = torch.tensor([[30, 31, 40]])
-    noisy = torch.cat([ids, torch.arange(10)[None]], dim=1)
-    torch.testing.assert_close(router(ids), router(noisy))
 
 
 @pytest.mark.parametrize("languages", [2, 4])
@@ -196,6 +197,27 @@ def test_the_mask_hides_padding_on_either_side_and_of_any_type():
         torch.testing.assert_close(router(right, mask.to(kind)), router(ids))
         torch.testing.assert_close(router(left, mask.flip(1).to(kind)), router(ids))
     assert not torch.allclose(router(torch.cat([ids, torch.full_like(ids, 5)], dim=1)), router(ids))
+    foreign = torch.cat([ids, torch.full_like(ids, -100)], dim=1)  # what is masked may be no id at all
+    torch.testing.assert_close(router(foreign, mask), router(ids))
+    assert torch.equal(router(ids.int()), router(ids)) and torch.equal(router(ids, mask[:, :5]), router(ids))
+
+
+def test_ids_and_masks_that_do_not_fit_are_refused_with_a_sentence(way):
+    router = fit_router(synthetic(3), VOCAB)
+    for ids in ([[3, VOCAB]], [[-1, 3]]):
+        for call in (router, router.route, router.probabilities):
+            with pytest.raises(MomeError, match="outside the router's vocabulary of 60 ids"):
+                call(torch.tensor(ids))
+    with pytest.raises(MomeError, match=r"reads whole numbers \[sequences, positions\], not torch.float32"):
+        router(torch.ones(1, 3))
+    with pytest.raises(MomeError, match=r"of shape \(3,\)"):
+        router(torch.tensor([1, 2, 3]))
+    with pytest.raises(MomeError, match=r"mask has the shape \(1, 2\), but the ids have \(1, 3\)"):
+        router(torch.tensor([[1, 2, 3]]), torch.ones(1, 2))
+    with pytest.raises(MomeError, match="one sequence"):
+        router.contributions(torch.tensor([[1, 2, 3]]))
+    with pytest.raises(MomeError, match="outside"):
+        router.contributions(torch.tensor([VOCAB]))
 
 
 def test_two_language_router_gives_the_probabilities_of_logistic_regression():
@@ -203,6 +225,77 @@ def test_two_language_router_gives_the_probabilities_of_logistic_regression():
     sequences = [[1, 2, 3], [30, 40], []]
     logits = compiled(pipe, 2)(*padded(sequences, 0))
     np.testing.assert_allclose(logits.softmax(1).numpy(), pipe.predict_proba(words(sequences)), atol=1e-9)
+
+
+def test_loaded_numbers_count_at_once():
+    """Nothing that the router computes from its buffers outlives a change of them."""
+    first, second = (fit_router(synthetic(3, seed=seed), VOCAB) for seed in (0, 1))
+    ids = torch.randint(0, VOCAB - 1, (9, 12), generator=torch.Generator().manual_seed(0))
+    before = first(ids)
+    first.load_state_dict(second.state_dict())
+    assert torch.equal(first(ids), second(ids)) and not torch.equal(first(ids), before)
+    first.idf.zero_()
+    assert torch.equal(first(ids), first.bias.expand(9, -1))
+
+
+def test_contributions_add_up_to_the_logits_and_are_equal_for_equal_tokens():
+    router = fit_router(synthetic(3), VOCAB)
+
+    @settings(max_examples=20, deadline=None, derandomize=True)
+    @given(st.lists(st.integers(0, VOCAB - 1), max_size=40))
+    def check(sequence: list[int]) -> None:
+        ids = torch.tensor(sequence, dtype=torch.int64)
+        parts = router.contributions(ids)
+        assert parts.shape == (len(sequence), 3)
+        torch.testing.assert_close(parts.sum(0) + router.bias, router(ids[None])[0], atol=1e-12, rtol=0)
+        for token in set(sequence):
+            assert (parts[ids == token] == parts[ids == token][0]).all()
+            assert (parts[ids == token] != 0).any() == (router.idf[token] > 0)
+
+    check()
+
+
+def test_probabilities_are_the_softmax_at_the_temperature_of_the_length():
+    router = fit_router(synthetic(3), VOCAB)
+    seen = router.idf.nonzero().ravel()
+    ids = seen[torch.randint(len(seen), (1, 6000), generator=torch.Generator().manual_seed(0))]
+    torch.testing.assert_close(router.probabilities(ids), router(ids).softmax(1))  # not calibrated: 1 everywhere
+    router.temperature.copy_(torch.linspace(0.5, 3.5, 13))  # rises by 1/4 with each doubling
+    logits = router(ids)
+    known = {1: 0.5, 2: 0.75, 3: 0.5 + np.log2(3) / 4, 4: 1.0, 100: 0.5 + np.log2(100) / 4, 4096: 3.5, 6000: 3.5}
+    for number, temperature in known.items():
+        scores = router(ids[:, :number]) / temperature
+        torch.testing.assert_close(router.probabilities(ids[:, :number]), scores.softmax(1))
+        mask = torch.arange(6000)[None] < number
+        torch.testing.assert_close(router.probabilities(ids, mask), scores.softmax(1))
+        padded_with_unknown = torch.cat([ids[:, :number], torch.full((1, 50), 59)], dim=1)
+        torch.testing.assert_close(router.probabilities(padded_with_unknown), scores.softmax(1))
+    nothing = router.probabilities(torch.zeros(1, 0, dtype=torch.int64))
+    torch.testing.assert_close(nothing[0], (router.bias / 0.5).softmax(0))
+    assert torch.equal(router(ids), logits)
+
+
+def test_a_router_abstains_where_it_is_not_sure_and_nowhere_else(tmp_path):
+    router = fit_router(synthetic(4), VOCAB)
+    ids = torch.randint(0, VOCAB, (200, 5), generator=torch.Generator().manual_seed(0))
+    chosen, sure = router.route(ids), router.probabilities(ids).amax(1)
+    assert router.abstain_below is None and torch.equal(chosen, router(ids).argmax(1))
+    level = float(sure.quantile(0.3))
+    router.abstain_below = level
+    routes = router.route(ids)
+    assert torch.equal(routes, torch.where(sure < level, ABSTAIN, chosen)) and (routes == ABSTAIN).sum() == 60
+    router.save(tmp_path)
+    assert TokenRouter.load(tmp_path).abstain_below == level
+    other = TokenRouter(VOCAB, router.languages)
+    other.load_state_dict(router.state_dict())  # a model that owns a router keeps it in this way
+    assert torch.equal(other.route(ids), routes)
+    router.temperature.fill_(1e-6)  # certain of everything
+    assert torch.equal(router.route(ids), chosen)
+    router.abstain_below = None
+    assert router.abstain_below is None
+    for wrong in (0, -0.1, 1.1, float("nan")):
+        with pytest.raises(MomeError, match="more than 0 and at most 1"):
+            router.abstain_below = wrong
 
 
 def test_casting_or_moving_the_owner_does_not_change_the_router():
@@ -275,13 +368,49 @@ def _other_tensors(folder: Path, bomb: Path) -> None:
     safetensors.torch.save_file({"idf": torch.ones(VOCAB)}, folder / "router.safetensors")
 
 
+def _with(name: str, value: object, folder: Path) -> None:
+    tensors = dict(TokenRouter(VOCAB, ("en", "fr", "de")).state_dict())
+    tensors[name] = value(tensors[name]) if callable(value) else torch.full_like(tensors[name], value)
+    safetensors.torch.save_file(tensors, folder / "router.safetensors")
+
+
 def _not_finite(folder: Path, bomb: Path) -> None:
-    router = TokenRouter(VOCAB, ("en", "fr", "de"))
-    router.bias[0] = torch.nan
-    safetensors.torch.save_file(dict(router.state_dict()), folder / "router.safetensors")
+    _with("bias", torch.nan, folder)
 
 
-DAMAGE = [_truncate, _pickle, _torch_pickle, _other_shape, _other_tensors, _not_finite]
+def _negative_statistics(folder: Path, bomb: Path) -> None:
+    _with("statistics", -1.0, folder)
+
+
+def _no_temperature(folder: Path, bomb: Path) -> None:
+    _with("temperature", 0.0, folder)
+
+
+def _impossible_threshold(folder: Path, bomb: Path) -> None:
+    _with("threshold", 1.5, folder)
+
+
+def _other_numbers(folder: Path, bomb: Path) -> None:
+    _with("idf", torch.Tensor.half, folder)
+
+
+def _unknown_numbers(folder: Path, bomb: Path) -> None:
+    header = json.dumps({"idf": {"dtype": "F4", "shape": [VOCAB], "data_offsets": [0, VOCAB // 2]}}).encode()
+    (folder / "router.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(VOCAB // 2))
+
+
+def _enormous_header(folder: Path, bomb: Path) -> None:
+    (folder / "router.safetensors").write_bytes(struct.pack("<Q", 2**62) + b"{}")
+
+
+def _nothing(folder: Path, bomb: Path) -> None:
+    (folder / "router.safetensors").write_bytes(b"")
+
+
+DAMAGE = [
+    _truncate, _pickle, _torch_pickle, _other_shape, _other_tensors, _not_finite, _negative_statistics, _no_temperature,
+    _impossible_threshold, _other_numbers, _unknown_numbers, _enormous_header, _nothing,
+]
 
 
 @pytest.mark.parametrize(
@@ -293,7 +422,7 @@ def test_foreign_and_damaged_weights_give_one_clear_error_and_run_nothing(tmp_pa
     damage(folder, bomb)
     if hash_fits:
         rewrite(folder)
-    with pytest.raises(MomeError) as caught:
+    with pytest.raises(DamagedArtifact) as caught:
         TokenRouter.load(folder)
     message = str(caught.value)
     assert "router/router.safetensors" in message and "notebook 04" in message and "\n" not in message
@@ -305,21 +434,23 @@ def test_foreign_and_damaged_weights_give_one_clear_error_and_run_nothing(tmp_pa
     "changes",
     [
         {"languages": ["en", "fr"]}, {"languages": ["en", "fr", "de", "py"]}, {"languages": "enf"},
-        {"languages": [1, 2, 3]}, {"languages": ["en", "en", "fr"]}, {"vocab_size": VOCAB - 1},
-        {"vocab_size": "60"}, {"vocab_size": True}, {"format": "another"}, {"version": 2}, {"sha256": None},
+        {"languages": [1, 2, 3]}, {"languages": ["en", "en", "fr"]}, {"languages": ["en"]},
+        {"vocab_size": VOCAB - 1}, {"vocab_size": 0},
+        {"vocab_size": "60"}, {"vocab_size": True}, {"format": "another"}, {"version": 1}, {"sha256": None},
     ],
     ids=str,
 )
 def test_a_description_that_does_not_fit_gives_one_clear_error(tmp_path, changes):
     fit_router(synthetic(3), VOCAB).save(tmp_path)
     rewrite(tmp_path, **changes)
-    with pytest.raises(MomeError):
+    with pytest.raises(DamagedArtifact, match="fit the router again with notebook 04") as caught:
         TokenRouter.load(tmp_path)
+    assert "\n" not in str(caught.value) and str(tmp_path.parent) not in str(caught.value)
 
 
 def test_a_missing_or_unreadable_description_gives_one_clear_error(tmp_path):
     fit_router(synthetic(3), VOCAB).save(tmp_path)
-    for content in (b"{", b"\xff\xfe", b"[]", pickle.dumps(Bomb(tmp_path / "exploded"))):
+    for content in (b"{", b"\xff\xfe", b"[]", b"[" * 100_000, pickle.dumps(Bomb(tmp_path / "exploded"))):
         (tmp_path / "router.json").write_bytes(content)
         with pytest.raises(MomeError, match="router.json cannot be used"):
             TokenRouter.load(tmp_path)
@@ -329,187 +460,10 @@ def test_a_missing_or_unreadable_description_gives_one_clear_error(tmp_path):
     assert not (tmp_path / "exploded").exists()
 
 
-def test_bad_input_is_refused_with_a_sentence():
+def test_a_router_needs_languages_and_ids():
     with pytest.raises(MomeError, match="two or more different languages"):
         TokenRouter(10, ("en",))
     with pytest.raises(MomeError, match="two or more different languages"):
         TokenRouter(10, ("en", "en"))
     with pytest.raises(MomeError, match="one id or more"):
         TokenRouter(0, ("en", "fr"))
-    with pytest.raises(MomeError, match="outside the router's vocabulary of 60"):
-        count_tokens([[60]], VOCAB)
-    with pytest.raises(MomeError, match="outside"):
-        count_tokens([[-1]], VOCAB)
-    with pytest.raises(MomeError, match="without text for fr"):
-        fit_router({"en": [[1, 2]], "fr": []}, VOCAB)
-    with pytest.raises(MomeError, match="two or more languages"):
-        fit_router({"en": [[1, 2]]}, VOCAB)
-    counts, labels = labelled(synthetic(3), VOCAB)
-    vectorizer = TokenTfidf().fit(counts)
-    forest = RandomForestClassifier(3).fit(vectorizer.transform(counts), labels)
-    with pytest.raises(MomeError, match="RandomForestClassifier is not"):
-        TokenRouter.from_sklearn(vectorizer, forest, LANGUAGES[:3])
-    linear = LogisticRegression().fit(vectorizer.transform(counts), labels)
-    with pytest.raises(MomeError, match="knows 3 classes, but 2 names"):
-        TokenRouter.from_sklearn(vectorizer, linear, ("en", "fr"))
-    bigrams = TfidfVectorizer(token_pattern=AS_MEANT_PATTERN, ngram_range=(1, 2)).fit(["1 2"])
-    with pytest.raises(MomeError, match="plain TF-IDF"):
-        TokenRouter.from_sklearn(bigrams, linear, LANGUAGES[:3], vocab_size=VOCAB)
-
-
-def test_top_features_are_decoded_and_belong_to_their_language(real):
-    tokenizer, blocks, _ = real
-    table = top_features(fit_router(blocks, 700), tokenizer, n=12)
-    assert list(table.groupby("language", sort=False).size()) == [12] * len(blocks)
-    texts = {name: set(part["text"].str.strip()) for name, part in table.groupby("language")}
-    assert "the" in texts["en"] and "der" in texts["de"] and "=" in texts["py"]
-    assert table.groupby("language")["weight"].apply(lambda w: w.is_monotonic_decreasing).all()
-
-
-# --- bake-off -----------------------------------------------------------------------------------------------
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.sets(st.text(min_size=1, max_size=6), min_size=2, max_size=40), st.integers(0, 5), st.data())
-def test_every_topic_has_one_fold_and_folds_have_like_sizes(topics, seed, data):
-    folds = data.draw(st.integers(2, len(topics)))
-    chosen = assign_folds([*topics, *topics], folds, seed)
-    sizes = pd.Series(chosen).value_counts()
-    assert set(chosen) == topics and len(sizes) == folds and sizes.max() - sizes.min() <= 1
-
-
-def test_folds_never_share_a_topic_not_even_between_languages(real):
-    _, blocks, topics = real
-    rows = cross_validate(
-        blocks, topics, 700, estimators={"svm": LinearSVC(random_state=0)}, folds=4, seed=1
-    )
-    assert (rows.groupby("topic")["fold"].nunique() == 1).all()
-    assert len(rows) == sum(map(len, blocks.values()))
-    assert rows["language"].value_counts().to_dict() == {k: len(v) for k, v in blocks.items()}
-    assert weighted_scores(confusion_counts(rows, list(blocks)))["f1"] > 97
-
-
-def test_a_classifier_is_never_fitted_on_a_topic_it_is_tested_on():
-    """One id per topic: were a topic on both sides, nearest neighbours would know every answer."""
-    topics = {name: [f"t{i // 4}" for i in range(80)] for name in ("a", "b")}
-    blocks = {name: [[side + 2 * (i // 4)] * 3 for i in range(80)] for side, name in enumerate(topics)}
-    rows = cross_validate(blocks, topics, VOCAB, estimators={"knn": classifiers(0)["knn"]}, folds=5)
-    assert rows["predicted"].nunique() == 1  # nothing known: every sequence gets the same answer
-    leaky = TokenTfidf().fit(labelled(blocks, VOCAB)[0])
-    assert len(leaky.tokens_) == 40
-
-
-def test_document_blocks_are_full_and_keep_only_whole_short_documents(real):
-    tokenizer = real[0]
-    texts = {"long": "word " * 300, "short": "one two", "exact": ""}
-    documents = [Document(name, "en", "", "", text) for name, text in texts.items()]
-    blocks, topics = document_blocks(tokenizer, documents, 32)
-    sizes = {name: [len(b) for b, t in zip(blocks, topics, strict=True) if t == name] for name in texts}
-    assert set(sizes["long"]) == {32} and len(sizes["long"]) > 5
-    assert len(sizes["short"]) == 1 and sizes["short"][0] < 32 and sizes["exact"] == [2]
-    joined = np.concatenate([b for b, t in zip(blocks, topics, strict=True) if t == "long"])
-    assert joined[0] == tokenizer.bos_token_id
-    assert texts["long"].startswith(tokenizer.decode(joined[1:].tolist()))
-    assert document_blocks(tokenizer, [], 32) == ([], [])
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from("abc")), min_size=1, max_size=60))
-def test_scores_equal_scikit_learn(pairs):
-    truth, guess = zip(*pairs, strict=True)
-    counts = confusion_counts(pd.DataFrame({"language": truth, "predicted": guess}), list("abc"))
-    expected = precision_recall_fscore_support(
-        truth, guess, labels=list("abc"), average="weighted", zero_division=0
-    )
-    ours = weighted_scores(counts)
-    for name, value in zip(("precision", "recall", "f1"), expected, strict=False):
-        assert ours[name] == pytest.approx(100 * value)
-
-
-def outcome(errors: dict[str, set[str]], topics: int = 50, per_topic: int = 4) -> pd.DataFrame:
-    """Rows of a made-up bake-off: each classifier takes one 'fr' block of some topics for 'en'."""
-    rows = [
-        {
-            "seed": 0, "fold": 0, "classifier": name, "topic": f"t{topic}", "language": language,
-            "predicted": "en" if i == 0 and f"t{topic}" in wrong else language,
-            "fit_seconds": 2.0 if name == "logistic_regression" else 6.0, "predict_seconds": 0.5,
-        }
-        for name, wrong in errors.items()
-        for topic in range(topics) for language in ("en", "fr") for i in range(per_topic)
-    ]
-    return pd.DataFrame(rows)
-
-
-def test_f1_interval_on_a_hand_case():
-    """10 of 50 topics hold one wrong block of 8: recall of fr is 190/200, precision of en 200/210."""
-    rows = outcome({"sgd": {f"t{i}" for i in range(10)}})
-    limits = f1_interval(rows, "sgd")
-    expected = 100 * (2 * 200 / (200 + 210) + 2 * 190 / (190 + 200)) / 2
-    assert limits.estimate == pytest.approx(expected)
-    # An independent bootstrap over topics, with scikit-learn's F1.
-    generator, parts = np.random.default_rng(1), [part for _, part in rows.groupby("topic")]
-    draws = []
-    for _ in range(150):
-        sample = pd.concat([parts[i] for i in generator.integers(len(parts), size=len(parts))])
-        counts = confusion_counts(sample, ["en", "fr"])
-        draws.append(float(weighted_scores(counts)["f1"]))
-    assert (limits.high - limits.low) / 2 == pytest.approx(2.01 * np.std(draws), rel=0.2)
-    assert (limits.seeds, limits.documents) == (1, 50)
-
-
-def test_intervals_of_faultless_classifiers_still_have_a_width():
-    rows = outcome({"logistic_regression": set(), "sgd": set()})
-    limits, lead = f1_interval(rows, "sgd"), lead_interval(rows, "logistic_regression")
-    assert (limits.estimate, limits.high) == (100, 100) and limits.low == pytest.approx(100 - 300 / 400)
-    assert lead.estimate == 0 and lead.low == -lead.high == pytest.approx(-300 / 400)
-
-
-def test_lead_is_to_the_best_of_the_others():
-    few, many = {f"t{i}" for i in range(5)}, {f"t{i}" for i in range(25)}
-    rows = outcome({"logistic_regression": few, "sgd": many, "knn": set()})
-    lead = lead_interval(rows, "logistic_regression")
-    table = score_table(rows)
-    assert list(table["classifier"]) == ["knn", "logistic_regression", "sgd"]
-    assert lead.estimate == pytest.approx(table["f1"][1] - 100) and lead.high < 0
-    assert lead_interval(rows, "knn").low > 0
-    cost = relative_cost(rows).set_index("classifier")
-    assert cost.loc["sgd", "fit_ratio"] == 3 and cost.loc["logistic_regression", "fit_ratio"] == 1
-    with pytest.raises(MomeError, match="no classifier 'mlp'"):
-        f1_interval(rows, "mlp")
-    with pytest.raises(MomeError, match="two classifiers"):
-        lead_interval(rows[rows["classifier"] == "knn"], "knn")
-
-
-def test_cross_validation_repeats_exactly_and_by_seed(real):
-    _, blocks, topics = real
-    chosen = {name: classifiers(3)[name] for name in ("sgd", "naive_bayes")}
-    runs = [cross_validate(blocks, topics, 700, estimators=chosen, folds=3, seed=s) for s in (3, 3, 4)]
-    first, second, other = (run.drop(columns=["fit_seconds", "predict_seconds"]) for run in runs)
-    pd.testing.assert_frame_equal(first, second)
-    assert not first["fold"].equals(other["fold"])
-    both = pd.concat(runs[1:], ignore_index=True)
-    assert f1_interval(both, "sgd").seeds == 2 and set(classifiers(0)) >= {"logistic_regression", "knn"}
-
-
-def test_the_bake_off_holds_all_classifiers_and_the_features_as_released(real):
-    _, blocks, topics = real
-    few = {name: sequences[:60] for name, sequences in blocks.items()}
-    rows = bake_off(few, {name: topics[name][:60] for name in few}, 700, seeds=(0, 1), folds=2)
-    assert set(rows["classifier"]) == {*classifiers(0), PUBLISHED} == set(NAMES)
-    per_run = rows.groupby(["seed", "classifier"])[["language", "sequence"]].apply(lambda r: r.duplicated().any())
-    assert len(per_run) == 14 and not per_run.any()
-    first = rows.iloc[0]
-    assert topics[first["language"]][first["sequence"]] == first["topic"]
-
-
-def test_cross_validation_refuses_what_it_cannot_do():
-    blocks, topics = {"a": [[1], [2]], "b": [[3], [4]]}, {"a": ["x", "y"], "b": ["x", "y"]}
-    chosen = {"nb": classifiers(0)["naive_bayes"]}
-    with pytest.raises(MomeError, match="2 topics cannot be dealt into 3 folds"):
-        cross_validate(blocks, topics, VOCAB, estimators=chosen, folds=3)
-    with pytest.raises(MomeError, match="two or more languages"):
-        cross_validate({"a": blocks["a"]}, topics, VOCAB, estimators=chosen)
-    with pytest.raises(MomeError, match="'b' has not one topic per sequence"):
-        cross_validate(blocks, topics | {"b": ["x"]}, VOCAB, estimators=chosen)
-    with pytest.raises(MomeError, match="all its topics in one fold"):
-        cross_validate(blocks, topics | {"a": ["x", "x"]}, VOCAB, estimators=chosen, folds=2)

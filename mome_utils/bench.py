@@ -1,0 +1,256 @@
+"""Named benchmarks, ``mome bench NAME``: what a part of the package costs next to what it replaces.
+
+Two ways to do the same work are timed in turn, A B A B …, in one process: a machine that slows down slows both,
+and each round gives one ratio. A benchmark first checks that both give the same result, then returns one row per
+setting; :func:`run_benchmark` adds what machine it ran on. Times are not tests: nothing fails because it is slow.
+
+A benchmark is a function that takes ``rounds`` and returns rows; it is named in :data:`BENCHMARKS`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import Pipeline, make_pipeline
+
+from mome_utils.artifacts import write_atomic
+from mome_utils.config import MomeError
+from mome_utils.router_fit import from_sklearn
+from mome_utils.routing import TokenRouter
+
+__all__ = ["BENCHMARKS", "Alternation", "alternate", "machine", "one_thread", "router", "run_benchmark", "table"]
+
+_LANGUAGES = ("a", "b", "c", "d")
+
+
+@dataclass(frozen=True)
+class Alternation:
+    """Seconds per call of two functions, timed in turn.
+
+    Attributes:
+        first, second: one number per round.
+    """
+
+    first: tuple[float, ...]
+    second: tuple[float, ...]
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """How many times longer the first took, in each round."""
+        return tuple(a / b for a, b in zip(self.first, self.second, strict=True))
+
+
+def alternate(
+    first: Callable[[], object],
+    second: Callable[[], object],
+    *,
+    rounds: int,
+    least_seconds: float = 0.2,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Alternation:
+    """Time two functions in turn.
+
+    Each is called twice to warm up, and then in each round as many times as fill ``least_seconds``, so that a
+    short call is timed as exactly as a long one.
+
+    Args:
+        first, second: what to time; they take nothing.
+        rounds: how often each has its turn.
+        least_seconds: time that a turn should fill.
+        clock: seconds. ``time.process_time`` counts the work of this process alone, whatever else the machine does.
+
+    Raises:
+        MomeError: fewer rounds than one.
+    """
+    if rounds < 1:
+        raise MomeError(f"A benchmark needs one round or more, not {rounds}.")
+    calls = []
+    for function in (first, second):
+        function()
+        start = clock()
+        function()
+        calls.append(max(1, round(least_seconds / max(clock() - start, 1e-9))) if least_seconds else 1)
+
+    def turn(function: Callable[[], object], number: int) -> float:
+        start = clock()
+        for _ in range(number):
+            function()
+        return (clock() - start) / number
+
+    seconds = [(turn(first, calls[0]), turn(second, calls[1])) for _ in range(rounds)]
+    return Alternation(tuple(a for a, _ in seconds), tuple(b for _, b in seconds))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch computes with one thread in this block, and with as many as before after it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def machine() -> dict[str, Any]:
+    """The processor and the versions that a time depends on; no name of a host, a user or a folder."""
+    flags: set[str] = set()
+    processor = platform.machine()
+    description = Path("/proc/cpuinfo")
+    if description.is_file():
+        for line in description.read_text(encoding="utf-8").splitlines():
+            key, _, value = (part.strip() for part in line.partition(":"))
+            if key == "flags":
+                flags |= set(value.split())
+            elif key == "model name":
+                processor = value
+    wanted = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8")
+    return {
+        "processor": processor, "cores": os.cpu_count(), "flags": [name for name in wanted if name in flags],
+        "torch_capability": torch.backends.cpu.get_cpu_capability(), "python": platform.python_version(),
+    } | {name: version(name) for name in ("numpy", "scipy", "scikit-learn", "torch")}
+
+
+def router(
+    *,
+    rounds: int = 7,
+    vocabularies: Sequence[int] = (4096, 32_000),
+    sequences: int = 256,
+    length: int = 1024,
+    least_seconds: float = 0.2,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """The published router (ids written as words, TF-IDF, logistic regression) against :class:`TokenRouter`.
+
+    Both start from the same ids in memory and end with one decision per sequence. Ids are drawn from one Zipf
+    distribution for each of four languages; each sequence mixes two languages at random, so that decisions are not
+    trivial. Both use one thread (the published pipeline has no parallel part), and what is counted is the time that
+    the process computes.
+
+    Args:
+        rounds: how often each has its turn.
+        vocabularies: numbers of token ids to try. sequences: in the batch. length: of each, in tokens.
+        least_seconds: see :func:`alternate`. seed: of the ids.
+
+    Returns:
+        For each vocabulary: milliseconds for the batch (medians over the rounds), the ratio published / TokenRouter
+        (median, lowest and highest round), and the largest difference between their logits.
+
+    Raises:
+        MomeError: the two decide differently, or their logits differ by more than 1e-5.
+    """
+    if rounds < 1:
+        raise MomeError(f"A benchmark needs one round or more, not {rounds}.")
+    rows = []
+    for vocabulary in vocabularies:
+        published, batch = _published(vocabulary, sequences, length, seed)
+        compiled = from_sklearn(published[0], published[1], _LANGUAGES, vocab_size=vocabulary)
+        difference = _checked_difference(published, compiled, batch)
+
+        def by_words(published: Pipeline = published, batch: torch.Tensor = batch) -> object:
+            return published.predict(_as_words(batch))
+
+        def by_tensors(compiled: TokenRouter = compiled, batch: torch.Tensor = batch) -> object:
+            return compiled.route(batch)
+
+        with one_thread():
+            times = alternate(
+                by_words, by_tensors, rounds=rounds, least_seconds=least_seconds, clock=time.process_time
+            )
+        rows.append({
+            "vocabulary": vocabulary, "sequences": sequences, "tokens": length,
+            "published_ms": 1000 * float(np.median(times.first)), "router_ms": 1000 * float(np.median(times.second)),
+            "ratio": float(np.median(times.ratios)), "lowest": min(times.ratios), "highest": max(times.ratios),
+            "logit_difference": difference, "rounds": rounds,
+        })
+    return rows
+
+
+def _published(vocabulary: int, sequences: int, length: int, seed: int) -> tuple[Pipeline, torch.Tensor]:
+    """The pipeline as released, fitted on 40 sequences per language, and a batch of ids [sequences, length]."""
+    generator = np.random.default_rng(seed)
+    zipf = 1 / (np.arange(vocabulary) + 10.0)
+    chances = [generator.permutation(zipf / zipf.sum()) for _ in _LANGUAGES]
+    training = [generator.choice(vocabulary, size=(40, length), p=chance) for chance in chances]
+    labels = np.repeat(np.arange(len(_LANGUAGES)), 40)
+    pipeline = make_pipeline(TfidfVectorizer(), LogisticRegression(max_iter=1000))
+    pipeline.fit([" ".join(map(str, row)) for part in training for row in part.tolist()], labels)
+    batch = []
+    for _ in range(sequences):
+        one, other = generator.choice(len(_LANGUAGES), size=2, replace=False)
+        share = generator.random()
+        batch.append(generator.choice(vocabulary, size=length, p=share * chances[one] + (1 - share) * chances[other]))
+    return pipeline, torch.from_numpy(np.array(batch))
+
+
+def _as_words(batch: torch.Tensor) -> list[str]:
+    return [" ".join(map(str, row)) for row in batch.tolist()]
+
+
+def _checked_difference(published: Pipeline, compiled: TokenRouter, batch: torch.Tensor) -> float:
+    """The largest difference between the logits, after a check that the decisions are equal."""
+    texts = _as_words(batch)
+    difference = float(np.abs(published.decision_function(texts) - compiled(batch).numpy()).max())
+    different = int((published.predict(texts) != compiled.route(batch).numpy()).sum())
+    if different or difference > 1e-5:
+        raise MomeError(
+            f"The router decides differently from the published pipeline on {different} of {len(batch)} sequences, "
+            f"with logits up to {difference:.1e} apart: its times mean nothing until that is repaired."
+        )
+    return difference
+
+
+#: Name to function; each takes ``rounds`` and returns rows.
+BENCHMARKS: Mapping[str, Callable[..., list[dict[str, Any]]]] = MappingProxyType({"router": router})
+
+
+def run_benchmark(name: str, out: Path, **options: Any) -> list[dict[str, Any]]:
+    """Run a benchmark and write its rows, with the machine, as JSON.
+
+    Args:
+        name: one of :data:`BENCHMARKS`. out: the file to write. options: passed to the benchmark.
+
+    Returns:
+        Its rows.
+
+    Raises:
+        MomeError: no benchmark of this name, or what the benchmark raises.
+    """
+    if name not in BENCHMARKS:
+        raise MomeError(f"There is no benchmark '{name}': choose one of {', '.join(BENCHMARKS)}.")
+    if out.is_dir():
+        raise MomeError(f"'{out}' is a folder: name a file to write the benchmark to.")
+    rows = BENCHMARKS[name](**options)
+    rounded = [{key: _short(value) for key, value in row.items()} for row in rows]
+    content = {"benchmark": name, "machine": machine(), "rows": rounded}
+    write_atomic(out, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    return rows
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows with the same keys as a table of text, numbers right-aligned."""
+    cells = [[name.replace("_", " ") for name in rows[0]]]
+    cells += [[f"{_short(value):,}" if isinstance(value, int | float) else str(value) for value in row.values()]
+              for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _short(value: Any) -> Any:
+    """Four significant digits of a number with a fraction; whole numbers and words as they are."""
+    return float(f"{value:.4g}") if isinstance(value, float) else value
