@@ -175,7 +175,7 @@ def save_svg(fig: Figure, path: str | Path) -> None:
     """Write ``fig`` as SVG; the same figure gives the same bytes each time (no date, fixed ids)."""
     buffer = io.BytesIO()
     with style():
-        fig.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        fig.savefig(buffer, format="svg", dpi=200, metadata={"Date": None, "Creator": None})
     write_atomic(Path(path), buffer.getvalue())
 
 

@@ -20,7 +20,7 @@ from mome_utils.evaluation import score_documents
 from mome_utils.runs import STAGE, Run, cache_teacher, run_key, torch_threads, train_or_load
 from mome_utils.training import TrainSpec
 
-__all__ = ["cache_job", "in_parallel", "score_job", "train_job"]
+__all__ = ["cache_job", "in_parallel", "quiet", "score_job", "train_job"]
 
 
 def in_parallel(
@@ -60,7 +60,7 @@ def in_parallel(
     return results
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Workers share one terminal: libraries keep their notices to themselves."""
     import transformers
 
@@ -70,13 +70,13 @@ def _quiet() -> None:
 
 def train_job(spec: TrainSpec, root: Path, data_folder: Path) -> str:
     """One run of a sweep, in whatever process it lands; returns the run's key."""
-    _quiet()
+    quiet()
     return train_or_load(spec, Store(root), StudyData.load(data_folder)).key
 
 
 def cache_job(spec: TrainSpec, language: str, root: Path, data_folder: Path) -> float:
     """Cache one finished teacher's states for one language; returns the seconds it took."""
-    _quiet()
+    quiet()
     store, key = Store(root), run_key(spec)
     started = time.monotonic()
     cache_teacher(store, StudyData.load(data_folder), Run(spec, key, store.path(STAGE, key)), language)
@@ -88,7 +88,7 @@ def score_job(
     data_folder: Path,
 ) -> pd.DataFrame:
     """Documents of a split scored by one finished run's model: ``language, document, nats, bytes, tokens``."""
-    _quiet()
+    quiet()
     data = StudyData.load(data_folder)
     with torch_threads(spec.threads):
         model = Run(spec, folder.name, folder).model(step)
