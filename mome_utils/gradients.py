@@ -313,8 +313,8 @@ def step_noise(moments: Moments, micro_batches: int, alpha: float = 0.5) -> pd.D
         alpha: of the combined loss; the alternating schedules always give each loss one half.
 
     Returns:
-        schedule, variance (of the step around its schedule's mean, trace), swing (squared distance of that mean
-        from the mean over two steps), noise ((variance + swing) / ‖G‖², G the mean over two steps; nan where the
+        schedule, variance (of the step around its schedule's mean, trace), swing (squared distance of that mean from
+        the mean over two steps), noise ((variance + swing) / ‖G‖², G the mean over two steps; nan where the
         estimate of ‖G‖² is not positive), ratio ((variance + swing) over that of the combined loss).
     """
     if micro_batches < 1 or not 0 <= alpha <= 1:

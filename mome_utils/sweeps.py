@@ -6,6 +6,7 @@ Orchestration only: nothing here decides a number, so changing it retrains nothi
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Event, Thread
@@ -49,10 +50,13 @@ def in_parallel(
 
     Thread(target=look, daemon=True).start()
     try:
-        # An error or an interruption closes this generator, and joblib then ends its workers.
-        parallel = joblib.Parallel(n_jobs=workers, return_as="generator")
-        for result in parallel(joblib.delayed(function)(*job) for job in jobs):
-            results.append(result)
+        with warnings.catch_warnings():
+            # A worker that was idle for long, or whose memory has grown, is replaced: its job is not lost.
+            warnings.filterwarnings("ignore", message="A worker stopped while some jobs were given")
+            # An error or an interruption closes this generator, and joblib then ends its workers.
+            parallel = joblib.Parallel(n_jobs=workers, return_as="generator")
+            for result in parallel(joblib.delayed(function)(*job) for job in jobs):
+                results.append(result)
     finally:
         done.set()
     if watch is not None:

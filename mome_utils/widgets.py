@@ -31,6 +31,8 @@ STATIC = "MOME_STATIC"
 DELAY = 0.1
 #: How wide a live figure is shown, in CSS pixels per inch: as wide as the static one.
 PIXELS = 100
+#: Dots per inch of a live figure: fewer than in a static one, because each is drawn while somebody waits.
+DOTS = 110
 
 Draw = Callable[..., Figure | Axes]
 
@@ -266,7 +268,7 @@ class Live:
         except MomeError as problem:
             self.picture.value = f'<p role="alert">{html.escape(str(problem))}</p>'
             return
-        image = base64.b64encode(png_bytes(figure)).decode()
+        image = base64.b64encode(png_bytes(figure, dpi=DOTS)).decode()
         words = html.escape(in_words(setting, self.controls), quote=True)
         width = round(figure.get_figwidth() * PIXELS)
         self.picture.value = (
