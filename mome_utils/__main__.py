@@ -96,8 +96,9 @@ def _bench(options: argparse.Namespace) -> int:
     from mome_utils.bench import run_benchmark, table
     from mome_utils.study import project_root
 
-    out = options.out or project_root() / "data" / "benchmarks" / f"{options.name}.json"
-    print(table(run_benchmark(options.name, out, rounds=options.rounds)))
+    root = project_root()
+    out = options.out or root / "data" / "benchmarks" / f"{options.name}.json"
+    print(table(run_benchmark(options.name, out, root=root, rounds=options.rounds)))
     return 0
 
 

@@ -4,7 +4,7 @@ Two ways to do the same work are timed in turn, A B A B …, in one process: a m
 and each round gives one ratio. A benchmark first checks that both give the same result, then returns one row per
 setting; :func:`run_benchmark` adds what machine it ran on. Times are not tests: nothing fails because it is slow.
 
-A benchmark is a function that takes ``rounds`` and returns rows; it is named in :data:`BENCHMARKS`.
+A benchmark is a function that takes ``root`` and ``rounds`` and returns rows; :data:`BENCHMARKS` names it.
 """
 
 from __future__ import annotations
@@ -29,13 +29,12 @@ from sklearn.pipeline import Pipeline, make_pipeline
 
 from mome_utils.artifacts import write_atomic
 from mome_utils.config import MomeError
+from mome_utils.corpus import Corpus, load_corpus
 from mome_utils.router_fit import from_sklearn
 from mome_utils.routing import TokenRouter
+from mome_utils.tokenization import encode, train_tokenizer
 
 __all__ = ["BENCHMARKS", "Alternation", "alternate", "machine", "one_thread", "router", "run_benchmark", "table"]
-
-_LANGUAGES = ("a", "b", "c", "d")
-
 
 @dataclass(frozen=True)
 class Alternation:
@@ -127,38 +126,42 @@ def machine() -> dict[str, Any]:
 
 def router(
     *,
+    root: Path,
     rounds: int = 7,
     vocabularies: Sequence[int] = (4096, 32_000),
     sequences: int = 256,
     length: int = 1024,
+    topics: int | None = None,
     least_seconds: float = 0.2,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
     """The published router (ids written as words, TF-IDF, logistic regression) against :class:`TokenRouter`.
 
-    Both start from the same ids in memory and end with one decision per sequence. Ids are drawn from one Zipf
-    distribution for each of four languages; each sequence mixes two languages at random, so that decisions are not
-    trivial. Both use one thread (the published pipeline has no parallel part), and what is counted is the time that
-    the process computes.
+    Both start from the same ids in memory and end with one decision per sequence. The ids are the embedded corpus,
+    in the tokens of a tokenizer trained on it; the batch holds other text than the fit. Both use one thread (the
+    published pipeline has no parallel part), and what is counted is the time that the process computes.
 
     Args:
+        root: the project's folder, which holds the corpus.
         rounds: how often each has its turn.
         vocabularies: numbers of token ids to try. sequences: in the batch. length: of each, in tokens.
-        least_seconds: see :func:`alternate`. seed: of the ids.
+        topics: of the corpus; ``None`` takes all.
+        least_seconds: see :func:`alternate`. seed: of the order of the batch.
 
     Returns:
         For each vocabulary: milliseconds for the batch (medians over the rounds), the ratio published / TokenRouter
         (median, lowest and highest round), and the largest difference between their logits.
 
     Raises:
-        MomeError: the two decide differently, or their logits differ by more than 1e-5.
+        MomeError: the two decide differently, or their logits differ by more than 1e-5; or too little text.
     """
     if rounds < 1:
         raise MomeError(f"A benchmark needs one round or more, not {rounds}.")
+    corpus = load_corpus("embedded", topics=topics, root=root)
     rows = []
     for vocabulary in vocabularies:
-        published, batch = _published(vocabulary, sequences, length, seed)
-        compiled = from_sklearn(published[0], published[1], _LANGUAGES, vocab_size=vocabulary)
+        published, batch = _published(corpus, vocabulary, sequences, length, seed)
+        compiled = from_sklearn(published[0], published[1], corpus.languages, vocab_size=vocabulary)
         difference = _checked_difference(published, compiled, batch)
 
         def by_words(published: Pipeline = published, batch: torch.Tensor = batch) -> object:
@@ -172,7 +175,7 @@ def router(
                 by_words, by_tensors, rounds=rounds, least_seconds=least_seconds, clock=time.process_time
             )
         rows.append({
-            "vocabulary": vocabulary, "sequences": sequences, "tokens": length,
+            "vocabulary": vocabulary, "sequences": len(batch), "tokens": length,
             "published_ms": 1000 * float(np.median(times.first)), "router_ms": 1000 * float(np.median(times.second)),
             "ratio": float(np.median(times.ratios)), "lowest": min(times.ratios), "highest": max(times.ratios),
             "logit_difference": difference, "rounds": rounds,
@@ -180,21 +183,27 @@ def router(
     return rows
 
 
-def _published(vocabulary: int, sequences: int, length: int, seed: int) -> tuple[Pipeline, torch.Tensor]:
-    """The pipeline as released, fitted on 40 sequences per language, and a batch of ids [sequences, length]."""
-    generator = np.random.default_rng(seed)
-    zipf = 1 / (np.arange(vocabulary) + 10.0)
-    chances = [generator.permutation(zipf / zipf.sum()) for _ in _LANGUAGES]
-    training = [generator.choice(vocabulary, size=(40, length), p=chance) for chance in chances]
-    labels = np.repeat(np.arange(len(_LANGUAGES)), 40)
+def _published(
+    corpus: Corpus, vocabulary: int, sequences: int, length: int, seed: int
+) -> tuple[Pipeline, torch.Tensor]:
+    """The pipeline as released, and a batch [sequences, length] of ids in text that it was not fitted on."""
+    tokenizer = train_tokenizer([document.text for document in corpus.documents], vocabulary)
+    each = sequences // len(corpus.languages)
+    training, batch = [], []
+    for language in corpus.languages:
+        ids = np.concatenate(encode(tokenizer, [document.text for document in corpus.of_language(language)]))
+        rows = ids[: len(ids) // length * length].reshape(-1, length).astype(np.int64)
+        if len(rows) <= each or each < 1:
+            raise MomeError(
+                f"The corpus has {len(rows)} sequences of {length} tokens in {language}, too few for a batch of "
+                f"{sequences} and a fit: ask for fewer or shorter ones, but for one in each language at least."
+            )
+        batch.append(rows[:each])
+        training.append(_as_words(torch.from_numpy(rows[each:])))
+    labels = np.repeat(np.arange(len(training)), [len(part) for part in training])
     pipeline = make_pipeline(TfidfVectorizer(), LogisticRegression(max_iter=1000))
-    pipeline.fit([" ".join(map(str, row)) for part in training for row in part.tolist()], labels)
-    batch = []
-    for _ in range(sequences):
-        one, other = generator.choice(len(_LANGUAGES), size=2, replace=False)
-        share = generator.random()
-        batch.append(generator.choice(vocabulary, size=length, p=share * chances[one] + (1 - share) * chances[other]))
-    return pipeline, torch.from_numpy(np.array(batch))
+    pipeline.fit([text for part in training for text in part], labels)
+    return pipeline, torch.from_numpy(np.random.default_rng(seed).permutation(np.concatenate(batch)))
 
 
 def _as_words(batch: torch.Tensor) -> list[str]:
@@ -214,7 +223,7 @@ def _checked_difference(published: Pipeline, compiled: TokenRouter, batch: torch
     return difference
 
 
-#: Name to function; each takes ``rounds`` and returns rows.
+#: Name to function; each takes ``root``, the project's folder, and ``rounds``, and returns rows.
 BENCHMARKS: Mapping[str, Callable[..., list[dict[str, Any]]]] = MappingProxyType({"router": router})
 
 

@@ -14,7 +14,8 @@ from mome_utils import bench
 from mome_utils.__main__ import main
 from mome_utils.config import MomeError
 
-TINY = dict(vocabularies=(40, 300), sequences=6, length=30, least_seconds=0.0)
+ROOT = Path(__file__).resolve().parent.parent
+TINY = dict(root=ROOT, vocabularies=(280, 600), sequences=9, length=64, topics=3, least_seconds=0.0)
 
 
 def test_two_functions_are_timed_in_turn():
@@ -59,11 +60,18 @@ def test_threads_are_as_before_after_a_benchmark_and_after_an_error():
 
 def test_the_router_benchmark_times_equal_decisions():
     rows = bench.router(rounds=2, **TINY)
-    assert [row["vocabulary"] for row in rows] == [40, 300]
+    assert [row["vocabulary"] for row in rows] == [280, 600]
     for row in rows:
-        assert (row["sequences"], row["tokens"], row["rounds"]) == (6, 30, 2)
+        assert (row["sequences"], row["tokens"], row["rounds"]) == (8, 64, 2)
         assert row["logit_difference"] < 1e-10 and row["published_ms"] > 0 and row["router_ms"] > 0
         assert 0 < row["lowest"] <= row["ratio"] <= row["highest"]
+
+
+def test_too_little_text_is_one_sentence():
+    with pytest.raises(MomeError, match=r"sequences of 64 tokens in \w+, too few for a batch of 4000"):
+        bench.router(rounds=1, **TINY | dict(sequences=4000))
+    with pytest.raises(MomeError, match="one in each language at least"):
+        bench.router(rounds=1, **TINY | dict(sequences=3))
 
 
 def test_a_router_that_decides_differently_is_not_timed(monkeypatch):
@@ -75,7 +83,7 @@ def test_a_router_that_decides_differently_is_not_timed(monkeypatch):
     bench_from_sklearn = bench.from_sklearn
     monkeypatch.setattr(bench, "from_sklearn", other)
     monkeypatch.setattr(bench, "alternate", lambda *_, **__: pytest.fail("timed"))
-    with pytest.raises(MomeError, match=r"differently from the published pipeline on [1-6] of 6 sequences"):
+    with pytest.raises(MomeError, match=r"differently from the published pipeline on [1-8] of 8 sequences"):
         bench.router(rounds=1, **TINY)
 
 
@@ -87,7 +95,7 @@ def test_the_machine_is_described_without_names_of_places_or_people():
 
 
 def test_a_benchmark_is_written_as_json_and_shown_as_a_table(tmp_path, capsys, monkeypatch):
-    small = {"router": lambda rounds: bench.router(rounds=rounds, **TINY)}
+    small = {"router": lambda root, rounds: bench.router(rounds=rounds, **TINY)}
     monkeypatch.setattr(bench, "BENCHMARKS", small)
     out = tmp_path / "new" / "router.json"
     assert main(["bench", "router", "--rounds", "2", "--out", str(out)]) == 0
@@ -95,7 +103,7 @@ def test_a_benchmark_is_written_as_json_and_shown_as_a_table(tmp_path, capsys, m
     assert lines[0].split("  ")[0] == "vocabulary" and "logit difference" in lines[0] and len(lines) == 3
     content = json.loads(out.read_text(encoding="utf-8"))
     assert content["benchmark"] == "router" and content["machine"] == bench.machine()
-    assert [row["vocabulary"] for row in content["rows"]] == [40, 300] and content["rows"][0]["rounds"] == 2
+    assert [row["vocabulary"] for row in content["rows"]] == [280, 600] and content["rows"][0]["rounds"] == 2
     assert f"{content['rows'][1]['ratio']:,}" in lines[2].split()
     assert str(tmp_path) not in out.read_text(encoding="utf-8")
 
@@ -116,7 +124,11 @@ def test_wrong_requests_get_one_sentence(tmp_path, capsys):
 
 
 def test_results_lie_with_the_project_by_default(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "BENCHMARKS", {"router": lambda rounds: [{"rounds": rounds}]})
+    def noted(root: Path, rounds: int) -> list[dict[str, object]]:
+        return [{"rounds": rounds, "there": root == tmp_path}]
+
+    monkeypatch.setattr(bench, "BENCHMARKS", {"router": noted})
     monkeypatch.setattr("mome_utils.study.project_root", lambda: tmp_path)
     assert main(["bench", "router"]) == 0
-    assert json.loads(Path(tmp_path / "data/benchmarks/router.json").read_text())["rows"] == [{"rounds": 7}]
+    content = json.loads((tmp_path / "data/benchmarks/router.json").read_text(encoding="utf-8"))
+    assert content["rows"] == [{"rounds": 7, "there": True}]

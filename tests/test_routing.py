@@ -202,6 +202,26 @@ def test_the_mask_hides_padding_on_either_side_and_of_any_type():
     assert torch.equal(router(ids.int()), router(ids)) and torch.equal(router(ids, mask[:, :5]), router(ids))
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("vocabulary", [90, 1500])
+def test_routes_are_the_largest_logits_even_where_float32_cannot_tell(vocabulary, masked):
+    """The rows of each pair of languages differ by 1e-9 to 1e-3 of their size; every other sequence is easy."""
+    generator = torch.Generator().manual_seed(0)
+    router = TokenRouter(vocabulary, LANGUAGES)
+    router.idf.copy_(1 + 5 * torch.rand(vocabulary, generator=generator, dtype=torch.float64))
+    router.weight.copy_(torch.randn(2, vocabulary, generator=generator, dtype=torch.float64).repeat_interleave(2, 0))
+    apart = torch.tensor([[1e-9], [1e-3]], dtype=torch.float64)
+    router.weight[1::2] += apart * torch.randn(2, vocabulary, generator=generator, dtype=torch.float64)
+    ids = torch.randint(0, vocabulary, (300, 64), generator=generator)
+    mask = torch.rand(300, 64, generator=generator) < 0.7 if masked else None
+    routes, logits = router.route(ids, mask), router(ids, mask)
+    assert torch.equal(routes, logits.argmax(1)) and len(set(routes.tolist())) == 4
+    best = logits.topk(2).values
+    assert (best[:, 0] - best[:, 1]).median() < 1e-3  # most of them are close
+    router.weight[1::2] = -router.weight[::2]
+    assert torch.equal(router.route(ids, mask), router(ids, mask).argmax(1))
+
+
 def test_ids_and_masks_that_do_not_fit_are_refused_with_a_sentence(way):
     router = fit_router(synthetic(3), VOCAB)
     for ids in ([[3, VOCAB]], [[-1, 3]]):
