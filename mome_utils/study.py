@@ -191,6 +191,9 @@ class Study:
             states = states_key(teacher, self.data().fingerprint, language)
             self.touch(self.store.require(STATES, states, notebook="02_teacher_training"))
         todo = {k: s for k, s in zip(keys, specs, strict=True) if not self.store.has(STAGE, k)}
+        for groups, language in {(s.groups, g) for s in todo.values() if s.groups for g in s.languages}:
+            for split in ("train", "validation"):  # a corpus too small for its groups says so before anything starts
+                self.data().blocks_of_groups(split, language, groups)
         loaded = len(set(keys)) - len(todo)
         if todo:
             jobs = [(spec, self.store.root, self.data().path) for spec in todo.values()]
