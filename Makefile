@@ -23,5 +23,5 @@ lab: .venv/.ready
 	@echo "making the environment in .venv (once, a few minutes)"
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make study PYTHON=python3.11')"
 	@$(PYTHON) -m venv --clear .venv
-	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[lab,test]"
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[lab,peers,test]"
 	@touch $@

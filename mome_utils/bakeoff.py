@@ -1,71 +1,71 @@
-"""The router's bake-off: which classifier picks the language of a sequence best, and at what cost.
+"""The router's bake-off: which classifier of which features picks the language best, and at what cost.
 
 Cross-validation is by *topic*: all sequences of an article, and of its translations, are in one fold. Folds
-over single sequences would train on the beginning of the very text they test on. Scores are precision, recall
-and F1 weighted by the size of each class, as published (MoME, arXiv 2407.19610); their intervals resample
-topics and, where a bake-off is repeated with other folds, count those seeds too
-(see :mod:`mome_utils.intervals`).
+over single sequences would train on the beginning of the very text they test on.
 
-The rows that :func:`cross_validate` returns are the raw result, one per classifier and sequence; everything
-else here is computed from them. Rows of several seeds may be put together.
-
-Shapes: ``L`` languages, ``S`` seeds, ``D`` topics, ``C`` classifiers. Scores are in points, 0 to 100.
+The rows that :func:`cross_validate` returns are the raw result, one per classifier and sequence. Scores,
+intervals and costs are computed from them in :mod:`mome_utils.bakeoff_scores`, whose functions are offered here
+too. Rows of several seeds, and of other sources (:func:`expert_rows`, :mod:`mome_utils.peers`), may be put
+together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from time import perf_counter
-from types import MappingProxyType
+from dataclasses import dataclass
+from time import process_time
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from sklearn.base import clone
-from sklearn.ensemble import RandomForestClassifier
-from sklearn.linear_model import LogisticRegression, SGDClassifier
-from sklearn.naive_bayes import MultinomialNB
-from sklearn.neighbors import KNeighborsClassifier
-from sklearn.svm import LinearSVC
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from transformers import PreTrainedTokenizerFast
 
+from mome_utils.bakeoff_models import (
+    PUBLISHED,
+    SEQUENCE,
+    TOKENS,
+    Features,
+    cheap_classifiers,
+    costly_classifiers,
+    expert_losses,
+    feature_sets,
+    fitted_bytes,
+    reading_classifiers,
+    settings_of,
+    token_features,
+)
+from mome_utils.bakeoff_scores import (
+    FEATURE_NAMES,
+    NAMES,
+    confusion_counts,
+    cost_table,
+    f1_interval,
+    lead_interval,
+    macro_scores,
+    relative_cost,
+    score_table,
+    weighted_scores,
+)
 from mome_utils.config import MomeError
 from mome_utils.corpus import Document
-from mome_utils.intervals import Interval, combine
-from mome_utils.router_fit import TokenTfidf, labelled
 from mome_utils.tokenization import encode
 
 __all__ = [
-    "NAMES", "PUBLISHED", "assign_folds", "bake_off", "classifiers", "confusion_counts", "cross_validate",
-    "document_blocks", "f1_interval", "lead_interval", "relative_cost", "score_table", "weighted_scores",
+    "FEATURE_NAMES", "NAMES", "PUBLISHED", "assign_folds", "bake_off", "classifiers", "confusion_counts",
+    "cost_table", "cross_validate", "document_blocks", "expert_rows", "f1_interval", "lead_interval",
+    "macro_scores", "relative_cost", "score_table", "weighted_scores",
 ]
-
-DRAWS = 2000
-#: Name of logistic regression on the features as released.
-PUBLISHED = "logistic_regression_as_released"
-#: What a reader sees for each classifier.
-NAMES: Mapping[str, str] = MappingProxyType({
-    "logistic_regression": "logistic regression", "sgd": "SGD", "linear_svm": "linear SVM",
-    "naive_bayes": "naive Bayes", "random_forest": "random forest", "knn": "k-NN",
-    PUBLISHED: "logistic regression as released",
-})
 
 
 def classifiers(seed: int) -> dict[str, Any]:
-    """The published candidates as unfitted scikit-learn estimators with their defaults, one thread each."""
-    return {
-        "logistic_regression": LogisticRegression(max_iter=1000),
-        "sgd": SGDClassifier(random_state=seed),
-        "linear_svm": LinearSVC(random_state=seed),
-        "naive_bayes": MultinomialNB(),
-        "random_forest": RandomForestClassifier(random_state=seed),
-        "knn": KNeighborsClassifier(),
-    }
+    """All candidates that take counted features, as unfitted scikit-learn estimators."""
+    return cheap_classifiers(seed) | costly_classifiers(seed)
 
 
 def document_blocks(
-    tokenizer: PreTrainedTokenizerFast, documents: Iterable[Document], block_size: int
+    tokenizer: PreTrainedTokenizerFast, documents: Iterable[Document], block_size: int, *, full_only: bool = False
 ) -> tuple[list[np.ndarray], list[str]]:
     """Each document alone, framed ``<s> … </s>``, cut into full blocks.
 
@@ -74,6 +74,7 @@ def document_blocks(
 
     Args:
         tokenizer: the study's tokenizer. documents: of one language. block_size: in tokens.
+        full_only: drop documents shorter than a block too, for statements about full blocks.
 
     Returns:
         The blocks (int32 arrays of at most ``block_size`` ids) and the topic id of each.
@@ -84,6 +85,8 @@ def document_blocks(
     encoded = encode(tokenizer, [document.text for document in documents])
     for document, text_ids in zip(documents, encoded, strict=True):
         ids = np.array([tokenizer.bos_token_id, *text_ids, tokenizer.eos_token_id], dtype=np.int32)
+        if full_only and len(ids) < block_size:
+            continue
         cuts = range(0, max(len(ids) - block_size, 0) + 1, block_size)
         blocks.extend(ids[start : start + block_size] for start in cuts)
         topics.extend([document.id] * len(cuts))
@@ -105,197 +108,159 @@ def assign_folds(topics: Iterable[str], folds: int, seed: int) -> dict[str, int]
     return {names[index]: place % folds for place, index in enumerate(order.tolist())}
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """All sequences with one set of features extracted: rows [n, ...], and of each row what it is."""
+
+    features: Features
+    table: Any
+    extract_seconds: float  # per sequence
+    label: np.ndarray
+    identity: pd.DataFrame  # topic, language, sequence
+
+
+def _prepare(
+    blocks: Mapping[str, Sequence[Any]], topics: Mapping[str, Sequence[str]], features: Features
+) -> _Prepared:
+    if len(blocks) < 2:
+        raise MomeError("A bake-off needs the text of two or more languages.")
+    uneven = [language for language in blocks if len(blocks[language]) != len(topics[language])]
+    if uneven:
+        raise MomeError(f"The language '{uneven[0]}' has not one topic per sequence: use document_blocks.")
+    sequences = [sequence for part in blocks.values() for sequence in part]
+    start = process_time()
+    table = features.extract(sequences)
+    seconds = (process_time() - start) / max(1, len(sequences))
+    label = np.repeat(np.arange(len(blocks)), [len(part) for part in blocks.values()])
+    identity = pd.DataFrame({
+        "topic": [topic for language in blocks for topic in topics[language]],
+        "language": np.array(list(blocks), dtype=object)[label],
+        "sequence": [number for part in blocks.values() for number in range(len(part))],
+    })
+    return _Prepared(features, table, seconds, label, identity)
+
+
 def cross_validate(
     blocks: Mapping[str, Sequence[Any]], topics: Mapping[str, Sequence[str]], vocab_size: int, *,
-    estimators: Mapping[str, Any], folds: int = 5, seed: int = 0, published_tokens: bool = False,
+    estimators: Mapping[str, Any], features: Features | None = None, folds: int = 5, seed: int = 0,
 ) -> pd.DataFrame:
-    """Fit and test each classifier on every fold; the features too are fitted on the training folds only.
+    """Fit and test each classifier on every fold; what of the features is fitted sees training folds only.
 
     Args:
         blocks: token sequences of each language. topics: the topic of each, in the same order.
         vocab_size: number of token ids.
         estimators: unfitted classifiers by name, see :func:`classifiers`.
+        features: a set of :func:`~mome_utils.bakeoff_models.feature_sets`; single token ids when absent.
         folds: number of folds. seed: of the folds (give estimators the same).
-        published_tokens: leave out the ids 0 to 9, see :class:`~mome_utils.router_fit.TokenTfidf`.
 
     Returns:
-        Rows (seed, classifier, fold, topic, language, sequence, predicted, fit_seconds, predict_seconds), one
-        per classifier and sequence; ``sequence`` counts within the language. The seconds are those of the
-        classifier on the whole fold, features excluded, since they are the same for all.
+        Rows (seed, features, classifier, fold, topic, language, sequence, predicted, fit_seconds,
+        predict_seconds, size_bytes, settings), one per classifier and sequence; ``sequence`` counts within
+        the language. ``fit_seconds`` leads from the training folds' token ids to the fitted model,
+        ``predict_seconds`` from the ids of *one* sequence to its decision (a fold is decided as one batch).
+        Both are processor time on one thread. Extraction runs once for all folds and counts by sequences; the
+        weighting that classifiers share counts for each. ``size_bytes`` is what prediction reads, weighting
+        included (:func:`~mome_utils.bakeoff_models.fitted_bytes`).
 
     Raises:
         MomeError: too few languages or topics, or topics that do not match the blocks.
     """
-    languages = tuple(blocks)
-    if len(languages) < 2:
-        raise MomeError("A bake-off needs the text of two or more languages.")
-    uneven = [language for language in languages if len(blocks[language]) != len(topics[language])]
-    if uneven:
-        raise MomeError(f"The language '{uneven[0]}' has not one topic per sequence: use document_blocks.")
-    counts, labels = labelled(blocks, vocab_size)
-    topic = np.concatenate([np.asarray(topics[language], dtype=object) for language in languages])
-    fold_of = assign_folds(topic.tolist(), folds, seed)
-    fold = np.array([fold_of[name] for name in topic], dtype=np.int64)
-    names = np.array(languages, dtype=object)
-    sequence = np.concatenate([np.arange(len(sequences)) for sequences in blocks.values()])
+    with threadpool_limits(1):
+        prepared = _prepare(blocks, topics, features or token_features(vocab_size))
+        return _cross_validate(prepared, estimators, folds, seed)
+
+
+def _cross_validate(data: _Prepared, estimators: Mapping[str, Any], folds: int, seed: int) -> pd.DataFrame:
+    fold_of = assign_folds(data.identity["topic"], folds, seed)
+    fold = data.identity["topic"].map(fold_of).to_numpy()
+    names = data.identity["language"].to_numpy()[np.unique(data.label, return_index=True)[1]]
     rows = []
     for held_out in range(folds):
         train, test = np.flatnonzero(fold != held_out), np.flatnonzero(fold == held_out)
-        if len(np.unique(labels[train])) < len(languages):
+        if len(np.unique(data.label[train])) < len(names):
             raise MomeError(
                 "A language has all its topics in one fold: give it more documents or use fewer folds."
             )
-        vectorizer = TokenTfidf(published_tokens=published_tokens).fit(counts[train])
-        features, unseen = vectorizer.transform(counts[train]), vectorizer.transform(counts[test])
+        weighting = None if data.features.weighting is None else clone(data.features.weighting)
+        start = process_time()
+        seen = data.table[train] if weighting is None else weighting.fit_transform(data.table[train])
+        weighted = process_time()
+        unseen = data.table[test] if weighting is None else weighting.transform(data.table[test])
+        before_fit = data.extract_seconds * len(train) + weighted - start
+        before_predict = data.extract_seconds * len(test) + process_time() - weighted
         for name, estimator in estimators.items():
-            key = {"seed": seed, "classifier": name, "fold": held_out}
             model = clone(estimator)
-            start = perf_counter()
-            model.fit(features, labels[train])
-            fitted = perf_counter()
+            start = process_time()
+            model.fit(seen, data.label[train])
+            fitted = process_time()
             predicted = model.predict(unseen)
-            seconds = {"fit_seconds": fitted - start, "predict_seconds": perf_counter() - fitted}
-            rows.append(pd.DataFrame(key | {
-                "topic": topic[test], "language": names[labels[test]], "sequence": sequence[test],
-                "predicted": names[predicted], **seconds,
-            }))
+            end = process_time()
+            rows.append(data.identity.iloc[test].assign(
+                seed=seed, features=data.features.name, classifier=name, fold=held_out,
+                predicted=names[predicted], fit_seconds=before_fit + fitted - start,
+                predict_seconds=(before_predict + end - fitted) / len(test),
+                size_bytes=fitted_bytes(weighting) + fitted_bytes(model), settings=settings_of(estimator),
+            ))
     return pd.concat(rows, ignore_index=True)
 
 
 def bake_off(
     blocks: Mapping[str, Sequence[Any]], topics: Mapping[str, Sequence[str]], vocab_size: int, *,
-    seeds: Sequence[int], folds: int = 5,
+    tokenizer: PreTrainedTokenizerFast, seeds: Sequence[int], folds: int = 5,
+    costly_with: Sequence[str] = (TOKENS,),
 ) -> pd.DataFrame:
-    """:func:`cross_validate` of all :func:`classifiers`, once per seed, each time with other folds.
+    """:func:`cross_validate` of all features and classifiers, once per seed, each time with other folds.
 
-    The rows also hold :data:`PUBLISHED`, logistic regression on the release's features, without ids 0 to 9.
+    Linear classifiers and naive Bayes meet every set of counted features, the costly classifiers those named
+    in ``costly_with``, and the transformer reads the ids in order. Every entry is tested on every sequence with
+    every seed.
     """
     parts = []
-    for seed in seeds:
-        estimators = classifiers(seed)
-        released = {PUBLISHED: estimators["logistic_regression"]}
-        for chosen, dropped in ((estimators, False), (released, True)):
-            parts.append(cross_validate(
-                blocks, topics, vocab_size, estimators=chosen, folds=folds, seed=seed,
-                published_tokens=dropped,
-            ))
+    with threadpool_limits(1):
+        for features in feature_sets(tokenizer, vocab_size):
+            prepared = _prepare(blocks, topics, features)
+            for seed in seeds:
+                if features.name == SEQUENCE:
+                    estimators = reading_classifiers(seed, vocab_size)
+                else:
+                    estimators = (classifiers if features.name in costly_with else cheap_classifiers)(seed)
+                parts.append(_cross_validate(prepared, estimators, folds, seed))
     return pd.concat(parts, ignore_index=True)
 
 
-def confusion_counts(rows: pd.DataFrame, languages: Sequence[str], by: Sequence[str] = ()) -> np.ndarray:
-    """Number of sequences by true and predicted language.
+def expert_rows(
+    experts: Mapping[str, Any], blocks: Mapping[str, Sequence[Any]], topics: Mapping[str, Sequence[str]], *,
+    length: int, seed: int = 0,
+) -> pd.DataFrame:
+    """The experts as classifiers of prefixes: the one with the lowest loss wins.
+
+    Experts are trained on the training split, once for all folds, so they must be given *test* documents
+    only: their rows cover fewer topics than the bake-off's and are no cross-validation.
 
     Args:
-        rows: with columns language, predicted and those of ``by``.
-        languages: the order of rows and columns.
-        by: columns to count apart.
+        experts: a causal language model of each language. blocks, topics: as in :func:`cross_validate`.
+        length: ids that the experts read of each sequence, two or more (all, where it has fewer).
+        seed: of the experts.
 
     Returns:
-        [*number of values of each column of ``by`` (sorted), L (true), L (predicted)], int64.
+        Rows as :func:`cross_validate`'s, with ``fold`` 0, features "token_sequence", classifier "experts",
+        and a column ``length``. ``fit_seconds`` is missing: they exist already. Their size is that of all of
+        them together.
     """
-    columns = [pd.factorize(rows[column], sort=True) for column in by]
-    place = {language: index for index, language in enumerate(languages)}
-    truth = rows["language"].map(place).to_numpy(dtype=np.int64)
-    guess = rows["predicted"].map(place).to_numpy(dtype=np.int64)
-    counts = np.zeros((*(len(values) for _, values in columns), len(place), len(place)), dtype=np.int64)
-    np.add.at(counts, (*(codes for codes, _ in columns), truth, guess), 1)
-    return counts
-
-
-def weighted_scores(counts: np.ndarray) -> dict[str, np.ndarray]:
-    """Precision, recall and F1 of confusion counts, weighted by the size of each true class.
-
-    Args:
-        counts: [..., L, L], true by predicted.
-
-    Returns:
-        ``precision``, ``recall``, ``f1``, each [...], in points; a class never predicted has precision 0, as
-        in scikit-learn's ``average="weighted", zero_division=0``.
-    """
-    hits = np.diagonal(counts, axis1=-2, axis2=-1).astype(float)
-    true, guessed = counts.sum(-1), counts.sum(-2)
-
-    def mean(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
-        ratio = np.divide(top, bottom, out=np.zeros_like(top), where=bottom > 0)
-        return np.asarray(100 * (ratio * true).sum(-1) / np.maximum(true.sum(-1), 1))
-
-    harmonic = mean(2 * hits, true + guessed)
-    return {"precision": mean(hits, guessed), "recall": mean(hits, true), "f1": harmonic}
-
-
-def f1_interval(rows: pd.DataFrame, classifier: str) -> Interval:
-    """Weighted F1 of one classifier, in points, with a 95 % interval over topics and seeds.
-
-    Where not one sequence is wrong, resampling finds no spread although another sample could hold an error.
-    The lower limit is then the rule of three (Hanley & Lippman-Hand 1983): 3 errors among as many sequences.
-    """
-    point, sampled, at, topics = _resampled_f1(rows, classifier)
-    found = combine(point[:, at], sampled[:, :, at], documents=topics)
-    low = found.estimate - _rule_of_three(rows) if found.low == found.high else found.low
-    return replace(found, low=low, high=min(found.high, 100.0))
-
-
-def lead_interval(rows: pd.DataFrame, classifier: str) -> Interval:
-    """F1 of a classifier minus that of the best other, in points, with a 95 % interval over topics and seeds.
-
-    Which of the others is best is decided anew in every resample, since that choice is uncertain too. Where
-    the two never differ the limits are the rule of three's, as in :func:`f1_interval`.
-    """
-    if rows["classifier"].nunique() < 2:
-        raise MomeError("A lead needs two classifiers or more: add another one to the bake-off.")
-    point, sampled, at, topics = _resampled_f1(rows, classifier)
-
-    def lead(scores: np.ndarray) -> np.ndarray:
-        return np.asarray(scores[..., at] - np.delete(scores, at, axis=-1).max(-1))
-
-    found = combine(lead(point), lead(sampled), documents=topics)
-    half = _rule_of_three(rows) if found.low == found.high else 0.0
-    return replace(found, low=found.low - half, high=found.high + half)
-
-
-def _rule_of_three(rows: pd.DataFrame) -> float:
-    """Upper 95 % limit of the share of errors when none was seen, in points."""
-    return 300 / (len(rows) / (rows["classifier"].nunique() * rows["seed"].nunique()))
-
-
-def _position(names: Sequence[str], classifier: str) -> int:
-    if classifier not in names:
-        raise MomeError(f"The bake-off holds no classifier '{classifier}': it has {', '.join(names)}.")
-    return list(names).index(classifier)
-
-
-def _resampled_f1(rows: pd.DataFrame, classifier: str) -> tuple[np.ndarray, np.ndarray, int, int]:
-    """F1 [S, C], F1 with topics drawn with replacement [draws, S, C], the classifier's place in C, and D."""
-    at = _position(sorted(rows["classifier"].unique()), classifier)
-    counts = confusion_counts(rows, sorted(rows["language"].unique()), ["topic", "seed", "classifier"])
-    topics = len(counts)
-    weights = np.random.default_rng(0).multinomial(topics, np.full(topics, 1 / topics), size=DRAWS)
-    drawn = (weights.astype(float) @ counts.reshape(topics, -1)).reshape(DRAWS, *counts.shape[1:])
-    return weighted_scores(counts.sum(0))["f1"], weighted_scores(drawn)["f1"], at, topics
-
-
-def score_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row per classifier, best F1 first: precision, recall, f1, low, high (of F1), all in points."""
-    languages, table = sorted(rows["language"].unique()), []
-    for name in rows["classifier"].unique():
-        own = rows[rows["classifier"] == name]
-        scores = weighted_scores(confusion_counts(own, languages, ["seed"]))
-        limits = f1_interval(own, name)
-        means = {score: float(values.mean()) for score, values in scores.items()}
-        table.append({"classifier": name} | means | {"low": limits.low, "high": limits.high})
-    return pd.DataFrame(table).sort_values("f1", ascending=False, kind="stable", ignore_index=True)
-
-
-def relative_cost(rows: pd.DataFrame, baseline: str = "logistic_regression") -> pd.DataFrame:
-    """Fit and predict time of each classifier as ratios to ``baseline`` in the same fold (median over folds).
-
-    Returns:
-        Rows (classifier, fit_ratio, predict_ratio). Ratios travel between machines, seconds do not.
-    """
-    folds = rows.drop_duplicates(["seed", "fold", "classifier"])
-    ratios = {}
-    for name in ("fit", "predict"):
-        table = folds.pivot_table(index=["seed", "fold"], columns="classifier", values=f"{name}_seconds")
-        _position(list(table.columns), baseline)
-        ratios[f"{name}_ratio"] = table.div(table[baseline], axis=0).median()
-    return pd.DataFrame(ratios).rename_axis("classifier").reset_index()
+    if length < 2:
+        raise MomeError(f"A prefix of {length} ids has no target that an expert could score: use two or more.")
+    if set(experts) != set(blocks):
+        raise MomeError("Experts can only decide between their own languages: give one for each language.")
+    identity = _prepare(blocks, topics, Features(SEQUENCE, len)).identity
+    prefixes = [sequence[:length] for part in blocks.values() for sequence in part]
+    with threadpool_limits(1):
+        start = process_time()
+        chosen = expert_losses(experts, prefixes).argmin(1)
+        seconds = (process_time() - start) / len(prefixes)
+    size = sum(parameter.nbytes for model in experts.values() for parameter in model.parameters())
+    return identity.assign(
+        seed=seed, features=SEQUENCE, classifier="experts", fold=0,
+        predicted=np.array(list(experts), dtype=object)[chosen], fit_seconds=np.nan, predict_seconds=seconds,
+        size_bytes=size, settings="lowest loss of the prefix; trained on the training split, scored on test",
+        length=length,
+    )

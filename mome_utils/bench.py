@@ -138,8 +138,9 @@ def router(
     """The published router (ids written as words, TF-IDF, logistic regression) against :class:`TokenRouter`.
 
     Both start from the same ids in memory and end with one decision per sequence. The ids are the embedded corpus,
-    in the tokens of a tokenizer trained on it; the batch holds other text than the fit. Both use one thread (the
-    published pipeline has no parallel part), and what is counted is the time that the process computes.
+    in the tokens of a tokenizer trained on it; the fit has as much text of each language, and none of the batch.
+    Both use one thread (the published pipeline has no parallel part), and what is counted is the time that the
+    process computes.
 
     Args:
         root: the project's folder, which holds the corpus.
@@ -199,10 +200,11 @@ def _published(
                 f"{sequences} and a fit: ask for fewer or shorter ones, but for one in each language at least."
             )
         batch.append(rows[:each])
-        training.append(_as_words(torch.from_numpy(rows[each:])))
-    labels = np.repeat(np.arange(len(training)), [len(part) for part in training])
+        training.append(rows[each:])
+    smallest = min(map(len, training))
+    texts = [text for rows in training for text in _as_words(torch.from_numpy(rows[:smallest]))]
     pipeline = make_pipeline(TfidfVectorizer(), LogisticRegression(max_iter=1000))
-    pipeline.fit([text for part in training for text in part], labels)
+    pipeline.fit(texts, np.repeat(np.arange(len(training)), smallest))
     return pipeline, torch.from_numpy(np.random.default_rng(seed).permutation(np.concatenate(batch)))
 
 

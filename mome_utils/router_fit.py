@@ -1,25 +1,22 @@
 """How the router is fitted: TF-IDF over token ids and a linear classifier, compiled into a TokenRouter.
 
 :class:`TokenTfidf` computes the published features (MoME, arXiv 2407.19610: TF-IDF of token ids written as words)
-straight from the ids, :func:`fit_router` fits them with a linear classifier, and :func:`calibrate` makes the
-router's probabilities mean what they say.
+straight from the ids, and :func:`fit_router` fits them with a linear classifier.
 
 Shapes: ``n`` sequences, ``V`` token ids, ``L`` languages, ``F`` features (the ids that the vectorizer keeps).
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Self
 
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import torch
-from scipy.optimize import minimize_scalar
-from scipy.special import logsumexp
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.feature_extraction.text import TfidfTransformer, TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
@@ -29,7 +26,7 @@ from mome_utils.config import MomeError
 from mome_utils.routing import TokenRouter
 
 __all__ = [
-    "AS_MEANT_PATTERN", "INDEPENDENT", "PUBLISHED_PATTERN", "Crops", "TokenTfidf", "calibrate", "count_tokens",
+    "AS_MEANT_PATTERN", "INDEPENDENT", "PUBLISHED_PATTERN", "Crops", "TokenTfidf", "count_tokens",
     "fit_router", "from_sklearn", "labelled", "random_crops", "token_statistics", "top_features", "words",
 ]
 
@@ -40,30 +37,34 @@ PUBLISHED_PATTERN = r"(?u)\b\w\w+\b"
 
 #: Concentration from which on a Dirichlet-multinomial sequence is as good as independent draws.
 INDEPENDENT = 1e6
-#: Temperatures are looked for between one hundredth and one hundred.
-_LARGEST_TEMPERATURE = 100.0
 
 
 @dataclass(frozen=True)
 class Crops:
-    """Pieces of the training sequences to train on besides the sequences themselves, so that short prompts count.
+    """Pieces of the training text to train on besides the blocks, so that short prompts count.
 
     A router trained on full blocks alone has never seen a feature vector of length 1 with few entries.
 
     Attributes:
         number: crops of each sequence.
-        shortest: their least length in tokens; lengths are log-uniform from there to the whole sequence.
+        shortest: their least length in tokens; lengths are log-uniform from there to ``longest``.
+        longest: ``None`` for the whole sequence.
+        from_start: crops begin where the sequence begins, as a prompt does, and not anywhere in it.
 
     Raises:
-        MomeError: a number below 0, or a length below 1.
+        MomeError: a number below 0, a length below 1, or a longest below the shortest.
     """
 
     number: int = 4
     shortest: int = 1
+    longest: int | None = None
+    from_start: bool = False
 
     def __post_init__(self) -> None:
-        if self.number < 0 or self.shortest < 1:
-            raise MomeError(f"Crops need a number of 0 or more and a length of 1 or more, not {self}.")
+        if self.number < 0 or self.shortest < 1 or (self.longest or self.shortest) < self.shortest:
+            raise MomeError(
+                f"Crops need a number of 0 or more and lengths of 1 or more, the shortest first, not {self}."
+            )
 
 
 def words(sequences: Sequence[Any]) -> list[str]:
@@ -190,26 +191,29 @@ def from_sklearn(
     return router
 
 
-def random_crops(sequences: Sequence[Any], crops: Crops, seed: int) -> list[np.ndarray]:
+def random_crops(sequences: Sequence[Any], crops: Crops | Sequence[Crops] | None, seed: int) -> list[np.ndarray]:
     """Random contiguous pieces of each sequence.
 
     Args:
-        sequences: ``n`` sequences of ids. crops: how many of each, and how short. seed: of lengths and places.
+        sequences: ``n`` sequences of ids.
+        crops: how many of each, how long, and where; several kinds one after the other, or none.
+        seed: of lengths and places.
 
     Returns:
-        ``n · crops.number`` arrays, those of a sequence in a row; a sequence shorter than ``crops.shortest`` gives
-        itself.
+        ``n · crops.number`` arrays of each kind, those of a sequence in a row; a sequence shorter than
+        ``crops.shortest`` gives itself.
     """
     generator = np.random.default_rng(seed)
+    kinds = [crops] if isinstance(crops, Crops) else list(crops or ())
     pieces = []
-    for sequence in sequences:
-        whole = np.asarray(sequence)
-        low = min(crops.shortest, len(whole))
-        chance, place = generator.random((2, crops.number))
-        # The whole part of a log-uniform number in [low, len + 1) has a chance of about 1/n for each length n.
-        lengths = (low * ((len(whole) + 1) / max(low, 1)) ** chance).astype(np.int64)
-        starts = (place * (len(whole) - lengths + 1)).astype(np.int64)
-        pieces += [whole[start : start + length] for start, length in zip(starts, lengths, strict=True)]
+    for kind, sequence in product(kinds, [np.asarray(sequence) for sequence in sequences]):
+        high = len(sequence) if kind.longest is None else min(kind.longest, len(sequence))
+        low = min(kind.shortest, high)
+        chance, place = generator.random((2, kind.number))
+        # The whole part of a log-uniform number in [low, high + 1) has a chance of about 1/n for each length n.
+        lengths = (low * ((high + 1) / max(low, 1)) ** chance).astype(np.int64)
+        starts = np.zeros_like(lengths) if kind.from_start else (place * (len(sequence) - lengths + 1)).astype(np.int64)
+        pieces += [sequence[start : start + length] for start, length in zip(starts, lengths, strict=True)]
     return pieces
 
 
@@ -218,26 +222,35 @@ def fit_router(
     vocab_size: int,
     *,
     model: Any = None,
-    crops: Crops | None = None,
+    crops: Crops | Sequence[Crops] | None = None,
+    texts: Mapping[str, Sequence[Any]] | None = None,
+    block_weight: float = 1.0,
+    emphasis: Mapping[str, float] | None = None,
     seed: int = 0,
     published_tokens: bool = False,
 ) -> TokenRouter:
     """Fit TF-IDF and a linear classifier and compile them.
 
     Args:
-        blocks: token sequences of each language; the mapping's order becomes the order of the logits.
+        blocks: token sequences of each language; the mapping's order becomes the order of the logits. The idf
+            weights are those of the blocks, whatever else is trained on.
         vocab_size: ``V``.
         model: an unfitted linear scikit-learn classifier; logistic regression with its defaults when absent.
-        crops: pieces to train on as well; ``None`` trains on the sequences as they are, as published.
+        crops: pieces to train on as well, of one kind or several; none trains on the blocks as they are, as published.
+        texts: what the crops are taken from; the blocks when absent.
+        block_weight: what a block counts for; a crop counts for 1.
+        emphasis: what a language's blocks and crops count for, times the above; 1 for those not named. It is a prior:
+            text that could be of either of two languages (an English docstring) goes to the one with more.
         seed: of the crops.
         published_tokens: as in :class:`TokenTfidf`.
 
     Returns:
-        The router, with its languages' :func:`token_statistics` (of the sequences, not of the crops), from which
+        The router, with its languages' :func:`token_statistics` (of the blocks, not of the crops), from which
         :func:`mome_utils.router_growth.add_language` adds another.
 
     Raises:
-        MomeError: fewer than two languages, or a language without a sequence.
+        MomeError: fewer than two languages, a language without a sequence, or an emphasis that is not positive or
+            names another language.
     """
     empty = [language for language, sequences in blocks.items() if not len(sequences)]
     if len(blocks) < 2 or empty:
@@ -245,86 +258,26 @@ def fit_router(
             f"A router cannot be fitted without text for {', '.join(empty)}: give it longer documents."
             if empty else "A router needs the text of two or more languages."
         )
-    training: Mapping[str, Sequence[Any]] = blocks
-    if crops is not None:
-        training = {name: [*part, *random_crops(part, crops, seed)] for name, part in blocks.items()}
-    counts, labels = labelled(training, vocab_size)
+    weights = dict.fromkeys(blocks, 1.0) | dict(emphasis or {})
+    if set(weights) != set(blocks) or min(weights.values()) <= 0 or block_weight <= 0:
+        raise MomeError(f"Weights must be positive, and of {', '.join(blocks)} only, not {weights} for {block_weight}.")
+    source = blocks if texts is None else texts
+    counts, labels = labelled(blocks, vocab_size)
     vectorizer = TokenTfidf(published_tokens=published_tokens).fit(counts)
+    each = np.full(len(labels), float(block_weight))
+    if crops is not None:
+        extra, owners = labelled({name: random_crops(source[name], crops, seed) for name in blocks}, vocab_size)
+        counts, labels = sp.vstack([counts, extra]).tocsr(), np.concatenate([labels, owners])
+        each = np.concatenate([each, np.ones(len(owners))])
+    each *= np.array([weights[language] for language in blocks])[labels]
     classifier = LogisticRegression(max_iter=1000) if model is None else model
-    classifier.fit(vectorizer.transform(counts), labels)
+    classifier.fit(vectorizer.transform(counts), labels, **({} if (each == 1).all() else {"sample_weight": each}))
     router = from_sklearn(vectorizer, classifier, tuple(blocks))
     for row, sequences in enumerate(blocks.values()):
         totals, concentration = token_statistics(count_tokens(sequences, vocab_size))
         router.statistics[row] = torch.from_numpy(totals)
         router.concentration[row] = concentration
     return router
-
-
-# ------------------------------------------------------------------------------------------------ calibration
-
-
-def calibrate(
-    router: TokenRouter, sequences: Mapping[str, Sequence[Any]], *, per_sequence: int = 4, seed: int = 0
-) -> TokenRouter:
-    """Temperatures that make the router's probabilities mean what they say, for each length of a sequence.
-
-    Temperature scaling (Guo et al., arXiv 1706.04599), once for each length of 1, 2, 4, … tokens up to the longest
-    sequence: on random crops of that length the temperature that makes the true languages most likely. Languages
-    weigh the same. All crops together count as if one more, of no known language, had been seen, so that a
-    length without a single error does not end in certainty. Longer lengths take the last temperature.
-
-    Args:
-        router: fitted; it is not changed, and its logits and the order of its languages stay as they are.
-        sequences: text of each of its languages that it was *not* fitted on.
-        per_sequence: crops of each sequence and length.
-        seed: of the crops.
-
-    Returns:
-        A copy with its ``temperature`` set.
-
-    Raises:
-        MomeError: other languages than the router's, or one without a sequence.
-    """
-    if set(sequences) != set(router.languages) or not all(map(len, sequences.values())):
-        raise MomeError(
-            f"Calibration needs held-out sequences of each of {', '.join(router.languages)}, and of no other language."
-        )
-    calibrated = copy.deepcopy(router)
-    generator = np.random.default_rng(seed)
-    rows = [[np.asarray(sequence) for sequence in sequences[language]] for language in router.languages]
-    longest = min(max(map(len, part)) for part in rows)
-    temperature = 1.0
-    for knot in range(len(router.temperature)):
-        length = 2**knot
-        if length <= longest:
-            pieces = [_crops_of(part, length, per_sequence, generator) for part in rows]
-            logits = [router(torch.from_numpy(piece)).numpy() for piece in pieces]
-            temperature = _best_temperature(logits)
-        calibrated.temperature[knot] = temperature
-    return calibrated
-
-
-def _crops_of(sequences: Sequence[np.ndarray], length: int, number: int, generator: np.random.Generator) -> np.ndarray:
-    """Random crops [m, length], ``number`` of each sequence that is long enough."""
-    long = [sequence for sequence in sequences if len(sequence) >= length]
-    starts = (generator.random((len(long), number)) * [[len(s) - length + 1] for s in long]).astype(np.int64)
-    return np.stack([s[start : start + length] for s, row in zip(long, starts, strict=True) for start in row])
-
-
-def _best_temperature(logits: Sequence[np.ndarray]) -> float:
-    """The temperature of least mean negative log-likelihood; ``logits[i]`` [m_i, L] are those of class i."""
-    doubt = 1 / (1 + sum(map(len, logits)))
-
-    def loss(log_temperature: float) -> float:
-        total = 0.0
-        for label, rows in enumerate(logits):
-            scores = rows / np.exp(log_temperature)
-            scores = scores - logsumexp(scores, axis=1, keepdims=True)
-            total -= (1 - doubt) * scores[:, label].mean() + doubt * scores.mean()
-        return total
-
-    limit = float(np.log(_LARGEST_TEMPERATURE))
-    return float(np.exp(minimize_scalar(loss, bounds=(-limit, limit), method="bounded").x))
 
 
 def token_statistics(counts: sp.csr_matrix) -> tuple[np.ndarray, float]:

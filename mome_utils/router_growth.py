@@ -59,7 +59,7 @@ def add_language(
     name: str,
     sequences: Sequence[Any],
     *,
-    crops: Crops | None = None,
+    crops: Crops | Sequence[Crops] | None = None,
     strength: float = 1.0,
     seed: int = 0,
 ) -> TokenRouter:
@@ -91,7 +91,7 @@ def add_language(
     totals = router.statistics.numpy()
     if not totals.sum(axis=1).all():
         raise MomeError("This router keeps no statistics of its languages: fit it with fit_router.")
-    own = [*sequences, *(random_crops(sequences, crops, seed) if crops is not None else [])]
+    own = [*sequences, *random_crops(sequences, crops, seed)]
     lengths = [len(sequence) for sequence in own]
     seeds = np.random.SeedSequence(seed).generate_state(len(totals)).tolist()
     others = [

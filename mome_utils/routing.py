@@ -3,7 +3,8 @@
 The published router (MoME, arXiv 2407.19610) writes token ids as words, takes TF-IDF features of them and
 applies a linear classifier. :class:`TokenRouter` is that pipeline, once fitted, as a tensor module: same logits,
 same decisions, batched, one decision per sequence, and saved as safetensors and JSON, so that loading a router
-can never run code. :mod:`mome_utils.router_fit` fits, calibrates and extends it.
+can never run code. :mod:`mome_utils.router_fit` fits it, :mod:`mome_utils.router_calibration` makes its probabilities
+honest, and :mod:`mome_utils.router_growth` extends it.
 
 Shapes: ``B`` sequences of ``T`` positions, ``V`` token ids, ``L`` languages.
 """

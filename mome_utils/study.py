@@ -31,7 +31,7 @@ __all__ = ["Study", "artifacts_root", "project_root", "study_folder"]
 
 DATASET_MODULES = tuple(f"mome_utils.{m}" for m in ("corpus", "tokenization", "balance", "dataset"))
 SCORE_MODULES = ("mome_utils.evaluation",)
-ROUTER_MODULES = ("mome_utils.router_fit", "mome_utils.routing")
+ROUTER_MODULES = tuple(f"mome_utils.{m}" for m in ("router_fit", "router_trials", "router_calibration", "routing"))
 #: What a verdict rests on besides the rows: a changed margin makes the notebooks that settle claims stale.
 CLAIM_MODULES = ("mome_utils.claims", "mome_utils.intervals")
 #: Profile fields that decide the data set, and so its key.

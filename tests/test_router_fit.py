@@ -17,13 +17,13 @@ from sklearn.pipeline import make_pipeline
 
 from mome_utils.config import MomeError
 from mome_utils.corpus import load_corpus
+from mome_utils.router_calibration import calibrate
 from mome_utils.router_fit import (
     AS_MEANT_PATTERN,
     INDEPENDENT,
     PUBLISHED_PATTERN,
     Crops,
     TokenTfidf,
-    calibrate,
     count_tokens,
     fit_router,
     from_sklearn,
@@ -143,8 +143,21 @@ def test_lengths_of_crops_are_log_uniform_and_places_uniform():
     assert np.bincount(starts, minlength=64).min() > 0.5 * len(starts) / 64
     with pytest.raises(MomeError, match="number of 0 or more"):
         Crops(-1)
-    with pytest.raises(MomeError, match="length of 1 or more"):
-        Crops(4, 0)
+    for wrong in ({"shortest": 0}, {"shortest": 8, "longest": 4}):
+        with pytest.raises(MomeError, match="lengths of 1 or more"):
+            Crops(4, **wrong)
+
+
+def test_crops_can_be_short_begin_at_the_beginning_and_be_of_several_kinds():
+    text = np.arange(100)
+    prompts, short = Crops(900, 2, 40, from_start=True), Crops(900, 3, 5)
+    heads, middles = random_crops([text], prompts, 0), random_crops([text], short, 0)
+    assert {piece[0] for piece in heads} == {0} and {len(piece) for piece in heads} == set(range(2, 41))
+    assert {len(piece) for piece in middles} == {3, 4, 5} and len({piece[0] for piece in middles}) > 60
+    assert all((np.diff(piece) == 1).all() for piece in [*heads, *middles])
+    both = random_crops([text, text[:1]], [prompts, short], 0)
+    assert [len(both), *map(len, both[900:1800]), *map(len, both[2700:])] == [3600, *[1] * 1800]
+    assert random_crops([text], None, 0) == random_crops([text], [], 0) == []
 
 
 def test_a_router_fitted_on_crops_is_the_published_pipeline_on_the_same_crops():
@@ -153,12 +166,42 @@ def test_a_router_fitted_on_crops_is_the_published_pipeline_on_the_same_crops():
     router = fit_router(blocks, VOCAB, model=exact, crops=crops, seed=5)
     training = {name: [*part, *random_crops(part, crops, 5)] for name, part in blocks.items()}
     texts = [text for part in training.values() for text in words(part)]
-    pipe = make_pipeline(TfidfVectorizer(token_pattern=AS_MEANT_PATTERN), exact)
-    pipe.fit(texts, np.repeat(range(3), [len(part) for part in training.values()]))
+    tfidf = TfidfVectorizer(token_pattern=AS_MEANT_PATTERN).fit([t for part in blocks.values() for t in words(part)])
+    exact.fit(tfidf.transform(texts), np.repeat(range(3), [len(part) for part in training.values()]))
+    pipe = make_pipeline(tfidf, exact)
     ids = np.random.default_rng(0).integers(0, VOCAB, size=(50, 6))
     np.testing.assert_allclose(router(torch.from_numpy(ids)), pipe.decision_function(words(ids)), atol=1e-5)
     first, again, other = (fit_router(blocks, VOCAB, crops=crops, seed=seed).weight for seed in (5, 5, 6))
     assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_weights_are_repetitions_and_crops_come_from_the_texts():
+    blocks, texts, crops = synthetic(3), synthetic(3, number=4, length=90, seed=8), Crops(2)
+    names = list(blocks)
+    model = LogisticRegression(max_iter=5000, tol=1e-12)
+    router = fit_router(
+        blocks, VOCAB, model=model, crops=crops, texts=texts, block_weight=2, emphasis={names[1]: 3}, seed=5
+    )
+    training = {name: [*part, *part, *random_crops(texts[name], crops, 5)] for name, part in blocks.items()}
+    training[names[1]] *= 3
+    counts, labels = labelled(training, VOCAB)
+    tfidf = TokenTfidf().fit(labelled(blocks, VOCAB)[0])
+    repeated = from_sklearn(tfidf, model.fit(tfidf.transform(counts), labels), names)
+    torch.testing.assert_close(router.weight, repeated.weight, atol=1e-4, rtol=0)
+    assert torch.equal(router.statistics, fit_router(blocks, VOCAB).statistics)
+    for wrong in ({"emphasis": {"xx": 2}}, {"emphasis": {names[0]: 0}}, {"block_weight": 0}):
+        with pytest.raises(MomeError, match="Weights must be positive"):
+            fit_router(blocks, VOCAB, **wrong)
+
+
+def test_emphasis_wins_doubtful_text():
+    shared = np.random.default_rng(0).integers(0, 20, size=(60, 12))  # text that either could have written
+    own = {"a": np.full((60, 12), 30), "b": np.full((60, 12), 31)}
+    blocks = {name: np.concatenate([shared, part]) for name, part in own.items()}
+    for name, favoured in (("a", 0), ("b", 1)):
+        router = fit_router(blocks, VOCAB, emphasis={name: 4})
+        assert (router.route(torch.from_numpy(shared)) == favoured).all()
+        assert router.route(torch.full((1, 12), 31)) == 1 and router.route(torch.full((1, 12), 30)) == 0
 
 
 def test_crops_make_a_router_better_on_short_sequences():

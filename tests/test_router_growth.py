@@ -14,7 +14,8 @@ from sklearn.linear_model import LogisticRegression
 from mome_utils.bakeoff import document_blocks
 from mome_utils.config import MomeError
 from mome_utils.corpus import load_corpus
-from mome_utils.router_fit import Crops, calibrate, count_tokens, fit_router, token_statistics
+from mome_utils.router_calibration import calibrate
+from mome_utils.router_fit import Crops, count_tokens, fit_router, token_statistics
 from mome_utils.router_growth import add_language, pseudo_sequences
 from mome_utils.routing import TokenRouter
 from mome_utils.tokenization import train_tokenizer

@@ -1,0 +1,155 @@
+"""How the study trains its router, and how that way of training is examined: any window, cross-validated by topic.
+
+The published router learns from full blocks. :func:`for_short_prompts` adds two kinds of pieces of every document: of
+a few tokens anywhere in it, and of its beginning, which is what a prompt looks like. Nothing else changes: the
+features are the published ones, TF-IDF of single token ids, and the classifier is the published logistic regression.
+
+Shapes: ``L`` languages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+from transformers import PreTrainedTokenizerFast
+
+from mome_utils.bakeoff import assign_folds, document_blocks
+from mome_utils.config import MomeError
+from mome_utils.corpus import Document
+from mome_utils.router_fit import Crops, fit_router
+from mome_utils.router_windows import cross_validated_windows, document_windows
+from mome_utils.routing import TokenRouter
+from mome_utils.tokenization import encode
+
+__all__ = ["PUBLISHED", "Training", "examine", "for_short_prompts", "train_router"]
+
+
+@dataclass(frozen=True)
+class Training:
+    """A way to train a router; the arguments are those of :func:`mome_utils.router_fit.fit_router`.
+
+    Attributes:
+        crops: kinds of pieces of each document to learn from besides its blocks.
+        block_weight: what a block counts for; a piece counts for 1.
+        emphasis: what a language counts for, 1 where not named (languages that the router lacks are passed over).
+        strength: inverse strength of the L2 penalty, scikit-learn's ``C``.
+    """
+
+    crops: tuple[Crops, ...] = ()
+    block_weight: float = 1.0
+    emphasis: Mapping[str, float] = field(default_factory=dict)
+    strength: float = 1.0
+
+    def fit(self, blocks: Mapping[str, Any], texts: Mapping[str, Any], vocab_size: int, seed: int) -> TokenRouter:
+        """The router of blocks and whole documents of each language; see :func:`train_router`."""
+        return fit_router(
+            blocks, vocab_size, model=LogisticRegression(C=self.strength, max_iter=3000), crops=self.crops or None,
+            texts=texts, block_weight=self.block_weight, seed=seed,
+            emphasis={language: weight for language, weight in self.emphasis.items() if language in blocks},
+        )
+
+
+#: Full blocks and scikit-learn's defaults, as in the release.
+PUBLISHED = Training()
+
+
+def for_short_prompts(pieces: int = 200, emphasis: Mapping[str, float] | None = None) -> Training:
+    """The training of the study's router.
+
+    Args:
+        pieces: of 4 to 64 tokens from anywhere in each document; three tenths as many of 16 to 256 tokens begin where
+            the document begins, behind its ``<s>``.
+        emphasis: see :class:`Training`.
+
+    Raises:
+        MomeError: no pieces.
+    """
+    if pieces < 1:
+        raise MomeError(f"A router for short prompts learns from one piece of each document or more, not {pieces}.")
+    prompts = Crops(max(1, round(0.3 * pieces)), 16, 256, from_start=True)
+    return Training((Crops(pieces, 4, 64), prompts), block_weight=5.0, emphasis=dict(emphasis or {}), strength=10.0)
+
+
+@dataclass(frozen=True)
+class _Text:
+    """Documents as ids: of each language the blocks, the whole documents ``<s> … </s>``, and the topic of each."""
+
+    blocks: dict[str, list[np.ndarray]]
+    block_topics: dict[str, list[str]]
+    texts: dict[str, list[np.ndarray]]
+    text_topics: dict[str, list[str]]
+
+    def of(self, topics: frozenset[str]) -> tuple[dict[str, list[np.ndarray]], dict[str, list[np.ndarray]]]:
+        """Blocks and documents of some topics."""
+        return _select(self.blocks, self.block_topics, topics), _select(self.texts, self.text_topics, topics)
+
+
+def _select(
+    parts: Mapping[str, list[np.ndarray]], topics: Mapping[str, list[str]], chosen: frozenset[str]
+) -> dict[str, list[np.ndarray]]:
+    return {
+        language: [ids for ids, topic in zip(part, topics[language], strict=True) if topic in chosen]
+        for language, part in parts.items()
+    }
+
+
+def _read(tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document], block_size: int) -> _Text:
+    """Languages come in the order in which the documents first name them."""
+    by_language: dict[str, list[Document]] = {}
+    for document in documents:
+        by_language.setdefault(document.language, []).append(document)
+    blocks, block_topics, texts, text_topics = {}, {}, {}, {}
+    for language, own in by_language.items():
+        blocks[language], block_topics[language] = document_blocks(tokenizer, own, block_size)
+        framed = encode(tokenizer, [document.text for document in own])
+        texts[language] = [np.array([tokenizer.bos_token_id, *ids, tokenizer.eos_token_id], np.int32) for ids in framed]
+        text_topics[language] = [document.id for document in own]
+    return _Text(blocks, block_topics, texts, text_topics)
+
+
+def train_router(
+    tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document], block_size: int, training: Training, *,
+    seed: int = 0,
+) -> TokenRouter:
+    """A router of some documents, not calibrated.
+
+    Args:
+        tokenizer: whose ids it reads. documents: of two languages or more; the order of the languages is that in which
+            they first occur. block_size: in tokens. training: how. seed: of the crops.
+
+    Raises:
+        MomeError: fewer than two languages.
+    """
+    text = _read(tokenizer, documents, block_size)
+    return training.fit(text.blocks, text.texts, len(tokenizer), seed)
+
+
+def examine(
+    tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document], block_size: int, sizes: Sequence[int],
+    training: Training, folds: int = 5, seed: int = 0,
+) -> pd.DataFrame:
+    """Every window of every document, decided by a router that was trained without its topic.
+
+    Args:
+        tokenizer, documents, block_size, training: as in :func:`train_router`.
+        sizes: of the windows, in tokens; each size is also the distance from window to window.
+        folds: parts of the cross-validation. seed: of the folds and the crops.
+
+    Returns:
+        Rows of :func:`mome_utils.router_windows.window_rows` with a column ``fold``, without the probabilities of the
+        single languages (they are not calibrated).
+    """
+    text = _read(tokenizer, documents, block_size)
+    cut = [document_windows(tokenizer, documents, size) for size in sizes]
+    fold_of = assign_folds([document.id for document in documents], folds, seed)
+    with threadpool_limits(1):
+        rows = cross_validated_windows(
+            lambda known: training.fit(*text.of(known), len(tokenizer), seed), cut, fold_of, seed=seed
+        )
+    return rows[[column for column in rows.columns if not column.startswith("p_")]]

@@ -1,0 +1,400 @@
+"""How the router is examined: windows of a few tokens, where they lie, and how far its confidence can be trusted.
+
+A window is any run of ``size`` tokens inside a document, so most begin in the middle of a sentence and none holds
+``<s>``. Windows of Python have a *region*: the label of a docstring, a string or a comment is Python although its
+words are English, so such windows are counted with all others and also reported apart.
+
+Calibration follows Guo et al., "On Calibration of Modern Neural Networks" (arXiv 1706.04599), and Naeini et al.,
+"Obtaining Well Calibrated Probabilities Using Bayesian Binning" (AAAI 2015); the risk-coverage curve is that of
+Geifman & El-Yaniv, "Selective Classification for Deep Neural Networks" (arXiv 1705.08500), its area that of Geifman,
+Uziel & El-Yaniv (arXiv 1805.08206).
+
+Shapes: ``n`` windows or sequences, ``L`` languages, ``S`` seeds, ``D`` topics. Accuracies are in points, 0 to 100;
+probabilities, risks and calibration errors are shares, 0 to 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from mome_utils.config import MomeError
+from mome_utils.corpus import PYTHON_CODES, Document
+from mome_utils.corruption import text_spans
+from mome_utils.intervals import Interval, combine
+from mome_utils.routing import TokenRouter
+
+__all__ = [
+    "CODE", "PROSE", "TEXT_IN_CODE", "RiskCoverage", "Windows", "accuracy_interval", "cross_validated_windows",
+    "document_windows", "ece", "prefix_accuracy", "probabilities_of", "reliability", "risk_coverage",
+    "window_rows", "window_table",
+]
+
+#: The regions of a window.
+PROSE, CODE, TEXT_IN_CODE = "prose", "code", "text in code"
+
+DRAWS = 2000
+#: Windows per call of the router.
+_BATCH = 4096
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows of one size.
+
+    Attributes:
+        ids: token ids [n, size], int32.
+        language, topic, region: of each window [n] (str). topic: the document's id. region: see
+            :func:`document_windows`.
+        start: place of its first token in the document [n], int64.
+    """
+
+    ids: np.ndarray
+    language: np.ndarray
+    topic: np.ndarray
+    region: np.ndarray
+    start: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def select(self, chosen: np.ndarray) -> Windows:
+        """The windows that a mask or an index array [n] chooses."""
+        return Windows(*(values[chosen] for values in vars(self).values()))
+
+
+# ------------------------------------------------------------------------------------------------ windows
+
+
+def document_windows(
+    tokenizer: PreTrainedTokenizerFast, documents: Iterable[Document], size: int, stride: int | None = None
+) -> Windows:
+    """All windows of ``size`` tokens of the documents' text, without ``<s>`` and ``</s>``.
+
+    Windows begin at token 0, ``stride``, 2 · ``stride`` … of each document; what is left at its end and shorter than
+    a window is dropped. A window's region is ``prose`` in a natural language, and in Python ``text in code`` where
+    more than half of its tokens lie in a string or a comment (:func:`text_spans`), else ``code``. A token lies there
+    if half of its characters or more do; of a character that is split over several tokens each token counts.
+
+    Args:
+        tokenizer: the study's tokenizer (a fast one: the places of its tokens are needed).
+        documents: of any languages. size, stride: in tokens; ``stride`` is ``size`` when absent.
+
+    Returns:
+        The windows, in the order of the documents.
+
+    Raises:
+        MomeError: ``size`` or ``stride`` below 1, or no document as long as a window.
+    """
+    documents, stride = list(documents), size if stride is None else stride
+    if size < 1 or stride < 1:
+        raise MomeError(f"Windows of {size} tokens every {stride} tokens cannot be cut: use whole numbers above 0.")
+    texts = [document.text for document in documents] or [""]
+    coded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=True)
+    ids, starts, regions, owners = [], [], [], []
+    for number, document in enumerate(documents):
+        tokens = np.array(coded["input_ids"][number], dtype=np.int32)
+        first = np.arange(0, len(tokens) - size + 1, stride)
+        if not len(first):
+            continue
+        places = first[:, None] + np.arange(size)
+        ids.append(tokens[places])
+        starts.append(first)
+        owners.append(np.full(len(first), number))
+        if document.language.lower() in PYTHON_CODES:
+            inside = _tokens_in_text(document.text, np.array(coded["offset_mapping"][number]))
+            regions.append(np.where(2 * inside[places].sum(1) > size, TEXT_IN_CODE, CODE))
+        else:
+            regions.append(np.full(len(first), PROSE))
+    if not ids:
+        raise MomeError(f"No document has {size} tokens: use shorter windows or longer documents.")
+    language, topic = np.array([[d.language, d.id] for d in documents], dtype=object)[np.concatenate(owners)].T
+    region = np.concatenate(regions).astype(object)
+    return Windows(np.concatenate(ids), language, topic, region, np.concatenate(starts))
+
+
+def _tokens_in_text(source: str, offsets: np.ndarray) -> np.ndarray:
+    """For tokens with character ranges [T, 2]: does at least half of each lie in a string or a comment? [T] bool."""
+    covered = np.zeros(len(source) + 1, dtype=np.int64)
+    for span in text_spans(source):
+        covered[span.start + 1 : span.end + 1] = 1
+    before = covered.cumsum()  # characters of text before each place
+    start, end = offsets.T
+    return np.asarray(2 * (before[end] - before[start]) >= np.maximum(end - start, 1))
+
+
+# -------------------------------------------------------------------------------------- what the router says
+
+
+def window_rows(router: TokenRouter, windows: Windows, *, seed: int = 0) -> pd.DataFrame:
+    """What a router says about each window.
+
+    The decision is that of the logits; abstention is left aside here (see :func:`risk_coverage`).
+
+    Returns:
+        Rows (seed, size, topic, language, region, start, predicted, correct, confidence, p_<language> …), one per
+        window; ``confidence`` is the largest probability.
+
+    Raises:
+        MomeError: a window's language is none of the router's.
+    """
+    strange = sorted(set(windows.language) - set(router.languages))
+    if strange:
+        raise MomeError(f"The router does not know the language '{strange[0]}': leave out its windows.")
+    ids = torch.from_numpy(windows.ids.astype(np.int64)).split(_BATCH)
+    chance = torch.cat([router.probabilities(part) for part in ids]).cpu().numpy()
+    names = np.array(router.languages, dtype=object)
+    predicted = names[torch.cat([router(part).argmax(1) for part in ids]).cpu().numpy()]
+    return pd.DataFrame({
+        "seed": seed, "size": windows.ids.shape[1], "topic": windows.topic, "language": windows.language,
+        "region": windows.region, "start": windows.start, "predicted": predicted,
+        "correct": predicted == windows.language, "confidence": chance.max(1),
+        **{f"p_{name}": chance[:, place] for place, name in enumerate(names)},
+    })
+
+
+def cross_validated_windows(
+    fit: Callable[[frozenset[str]], TokenRouter], windows: Sequence[Windows], fold_of: Mapping[str, int], *,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """:func:`window_rows` of windows of one or more sizes, each decided by a router that never saw its topic.
+
+    Args:
+        fit: makes a router from the documents of the topics it is given (the training folds).
+        windows: one entry per size. fold_of: fold of each topic, see :func:`mome_utils.bakeoff.assign_folds`.
+        seed: of the folds, kept in the rows.
+
+    Raises:
+        MomeError: a topic has no fold.
+    """
+    missing = {topic for part in windows for topic in part.topic} - set(fold_of)
+    if missing:
+        raise MomeError(f"The topic '{min(missing)}' has no fold: assign the folds from all documents.")
+    rows = []
+    for held_out in sorted(set(fold_of.values())):
+        router = fit(frozenset(topic for topic, fold in fold_of.items() if fold != held_out))
+        for part in windows:
+            chosen = np.array([fold_of[topic] == held_out for topic in part.topic], dtype=bool)
+            rows.append(window_rows(router, part.select(chosen), seed=seed).assign(fold=held_out))
+    return pd.concat(rows, ignore_index=True)
+
+
+def probabilities_of(rows: pd.DataFrame, languages: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities [n, L] and true labels [n] of :func:`window_rows`, as :func:`reliability` wants them."""
+    place = {name: index for index, name in enumerate(languages)}
+    labels = rows["language"].map(place).to_numpy(dtype=np.int64)
+    return rows[[f"p_{name}" for name in languages]].to_numpy(dtype=float), labels
+
+
+# ----------------------------------------------------------------------------------------------- accuracy
+
+
+def accuracy_interval(rows: pd.DataFrame) -> Interval:
+    """Share of correct rows in points, with a 95 % interval over topics (and seeds, where there are several).
+
+    Topics are resampled whole, as in :mod:`mome_utils.bakeoff`: windows of one document resemble each other. Where
+    not one row is wrong, the lower limit is the rule of three (Hanley & Lippman-Hand 1983): 3 errors among as many.
+
+    Args:
+        rows: with columns seed, topic, correct; at least one.
+    """
+    if rows.empty:
+        raise MomeError("There are no windows to score: choose rows of a size and region that occur.")
+    seed, seeds = pd.factorize(rows["seed"], sort=True)
+    topic, topics = pd.factorize(rows["topic"], sort=True)
+    counts = np.zeros((len(topics), len(seeds), 2))  # correct ones, all
+    np.add.at(counts, (topic, seed), np.stack([rows["correct"].to_numpy(dtype=float), np.ones(len(rows))], axis=1))
+    drawn = (_draws(len(topics)) @ counts.reshape(len(topics), -1)).reshape(DRAWS, len(seeds), 2)
+    drawn, total = drawn[(drawn[..., 1] > 0).all(1)], counts.sum(0)  # a draw can miss a seed's few topics
+    found = combine(100 * total[:, 0] / total[:, 1], 100 * drawn[..., 0] / drawn[..., 1], documents=len(topics))
+    low = 100 - 300 * len(seeds) / len(rows) if rows["correct"].all() else found.low
+    return replace(found, low=max(low, 0.0), high=min(found.high, 100.0))
+
+
+@lru_cache(maxsize=4)
+def _draws(topics: int) -> np.ndarray:
+    """How often each topic is drawn when as many as there are are drawn with replacement, [draws, D]."""
+    return np.random.default_rng(0).multinomial(topics, np.full(topics, 1 / topics), size=DRAWS).astype(float)
+
+
+def window_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Accuracy by size and part, from :func:`window_rows` (of several sizes and seeds, if wanted).
+
+    Returns:
+        Rows (size, part, windows, topics, accuracy, low, high) by size, in points. The parts are the languages, the
+        regions and ``all``; ``windows`` counts those of one seed.
+    """
+    table = []
+    for size, own in rows.groupby("size"):
+        parts = {name: own["language"] == name for name in dict.fromkeys(own["language"])}
+        parts |= {region: own["region"] == region for region in (PROSE, CODE, TEXT_IN_CODE)}
+        parts["all"] = own["region"].notna()
+        for part, mask in parts.items():
+            if mask.any():
+                found = accuracy_interval(own[mask])
+                table.append({
+                    "size": size, "part": part, "windows": int(mask.sum()) // found.seeds,
+                    "topics": found.documents, "accuracy": found.estimate, "low": found.low, "high": found.high,
+                })
+    return pd.DataFrame(table)
+
+
+def prefix_accuracy(
+    route: Callable[[torch.Tensor], torch.Tensor], sequences: Mapping[str, Sequence[np.ndarray]],
+    topics: Mapping[str, Sequence[str]], lengths: Iterable[int],
+) -> pd.DataFrame:
+    """Accuracy when only the first tokens of a sequence are shown.
+
+    Args:
+        route: ids [B, T] to indices into the mapping's languages [B], for example ``router.route`` (an abstention
+            counts as wrong).
+        sequences: of each language, in the order of the router's languages. topics: the topic of each.
+        lengths: how many tokens to show; sequences that are shorter than that do not take part.
+
+    Returns:
+        Rows (language, tokens, sequences, accuracy, low, high) in points; intervals over topics, as in
+        :func:`accuracy_interval`.
+
+    Raises:
+        MomeError: a length below 1, no sequence that long, or topics that do not match.
+    """
+    table = []
+    for place, (language, own) in enumerate(sequences.items()):
+        if len(topics[language]) != len(own):
+            raise MomeError(f"The language '{language}' has not one topic per sequence: use document_blocks.")
+        sizes = np.array([len(ids) for ids in own], dtype=np.int64)
+        for length in lengths:
+            chosen = np.flatnonzero(sizes >= length).tolist()
+            if length < 1 or not chosen:
+                raise MomeError(
+                    f"The language '{language}' has no prefix of {length} tokens: "
+                    f"use lengths from 1 to {sizes.max(initial=0)}."
+                )
+            shown = torch.from_numpy(np.stack([own[i][:length] for i in chosen]).astype(np.int64))
+            routed = torch.cat([route(part) for part in shown.split(_BATCH)]).cpu().numpy()
+            topic = [topics[language][i] for i in chosen]
+            found = accuracy_interval(pd.DataFrame({"seed": 0, "topic": topic, "correct": routed == place}))
+            table.append({
+                "language": language, "tokens": length, "sequences": len(chosen),
+                "accuracy": found.estimate, "low": found.low, "high": found.high,
+            })
+    return pd.DataFrame(table)
+
+
+# ------------------------------------------------------------------------------------------- calibration
+
+
+def reliability(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15, *, by: str = "width") -> pd.DataFrame:
+    """The reliability diagram of the most probable language: is it right as often as its probability says?
+
+    Args:
+        probabilities: [n, L]. labels: index of the true language [n].
+        bins: how many. by: ``width``, bins (m-1)/M < p ≤ m/M (Guo et al., eq. 3; Naeini et al. 2015), or ``mass``,
+            bins that hold the same number of sequences, as near as equal confidences, which stay together, allow.
+
+    Returns:
+        Rows (low, high, sequences, confidence, accuracy, gap), one per bin that is not empty: the limits of the bin
+        (for ``mass`` the smallest and largest confidence in it), the means of confidence and of correctness, and
+        accuracy minus confidence.
+
+    Raises:
+        MomeError: shapes that do not fit, nothing to bin, rows that are no probabilities, or an unknown ``by``.
+    """
+    chance, truth = np.asarray(probabilities, dtype=float), np.asarray(labels)
+    if chance.ndim != 2 or truth.shape != chance.shape[:1] or not chance.size:
+        raise MomeError(f"Probabilities {chance.shape} and labels {truth.shape} do not fit: give [n, L] and [n].")
+    if not (chance >= 0).all() or not np.allclose(chance.sum(1), 1, atol=1e-4):
+        raise MomeError("Rows that do not add up to 1 are no probabilities: use router.probabilities.")
+    if bins < 1 or by not in ("width", "mass"):
+        raise MomeError(f"{bins} bins by '{by}' cannot be made: use one bin or more, by 'width' or 'mass'.")
+    confidence, correct = chance.max(1), chance.argmax(1) == truth
+    if by == "width":
+        at = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    else:
+        rank = np.searchsorted(np.sort(confidence), confidence)  # how many are less sure
+        at = rank * bins // len(confidence)
+    rows = pd.DataFrame({"bin": at, "confidence": confidence, "correct": correct})
+    table = rows.groupby("bin").agg(
+        low=("confidence", "min"), high=("confidence", "max"), sequences=("correct", "size"),
+        confidence=("confidence", "mean"), accuracy=("correct", "mean"),
+    )
+    if by == "width":
+        table["low"], table["high"] = table.index / bins, (table.index + 1) / bins
+    return table.assign(gap=table["accuracy"] - table["confidence"]).reset_index(drop=True)
+
+
+def ece(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15, *, by: str = "width") -> float:
+    """Expected calibration error, 0 to 1: the mean over sequences of their bin's |accuracy - confidence|.
+
+    Equation 3 of Guo et al. (arXiv 1706.04599) after Naeini et al. (2015) with bins of equal width; with equal mass
+    it does not depend on a few crowded bins. Few sequences per bin bias it upwards. Arguments and errors are those
+    of :func:`reliability`.
+    """
+    table = reliability(probabilities, labels, bins, by=by)
+    return float(np.average(table["gap"].abs(), weights=table["sequences"]))
+
+
+@dataclass(frozen=True)
+class RiskCoverage:
+    """What a threshold on the confidence buys.
+
+    Attributes:
+        threshold: every confidence that occurs, falling [m]. Sequences at or above it are answered.
+        coverage: share of the sequences answered [m], rising to 1. risk: share of errors among those [m].
+        area: mean risk over the coverages 1/n, 2/n … 1 (AURC). Where confidences are equal, the expectation over
+            their random order.
+        best_area: the area if every error were less sure than every correct answer (Geifman et al., 2019): the
+            rest of ``area`` is what a better confidence could save.
+    """
+
+    threshold: np.ndarray
+    coverage: np.ndarray
+    risk: np.ndarray
+    area: float
+    best_area: float
+
+    def abstain_below(self, risk: float) -> float:
+        """The smallest threshold, so the largest coverage, at which the risk is at most ``risk``.
+
+        For ``router.abstain_below``. An estimate from these sequences, without the guarantee of Geifman &
+        El-Yaniv's bound: check it on others.
+
+        Raises:
+            MomeError: no threshold reaches the risk.
+        """
+        allowed = np.flatnonzero(self.risk <= risk)
+        if not len(allowed):
+            raise MomeError(f"No threshold has a risk of {risk:g}: ask for {self.risk.min():.3g} or more.")
+        return float(self.threshold[allowed[-1]])
+
+
+def risk_coverage(confidence: np.ndarray, correct: np.ndarray) -> RiskCoverage:
+    """Risk against coverage when the least sure sequences are not answered (Geifman & El-Yaniv 2017).
+
+    Args:
+        confidence: [n], larger is surer. correct: [n] bool.
+
+    Raises:
+        MomeError: different lengths or nothing at all.
+    """
+    sure, right = np.asarray(confidence, dtype=float), np.asarray(correct, dtype=bool)
+    if sure.ndim != 1 or sure.shape != right.shape or not len(sure) or not np.isfinite(sure).all():
+        raise MomeError("A risk-coverage curve needs one finite confidence and one result per sequence.")
+    levels, group = np.unique(-sure, return_inverse=True)
+    size = np.bincount(group).astype(float)
+    errors = np.bincount(group, weights=~right)
+    answered, wrong = size.cumsum(), errors.cumsum()
+    n = len(sure)
+    each = np.arange(1, n + 1)
+    of = np.repeat(np.arange(len(levels)), size.astype(int))
+    # Inside a group of equal confidence errors come evenly, in expectation.
+    expected = (wrong - errors)[of] + (each - (answered - size)[of]) * (errors / size)[of]
+    best = np.maximum(each - right.sum(), 0)
+    return RiskCoverage(-levels, answered / n, wrong / answered, float((expected / each).mean()),
+                        float((best / each).mean()))
