@@ -13,7 +13,7 @@ study: .venv/.ready
 	@.venv/bin/mome study --profile "$(PROFILE)" --corpus "$(CORPUS)" --seeds "$(SEEDS)"
 
 test: .venv/.ready
-	@.venv/bin/ruff check . && .venv/bin/mypy && .venv/bin/python -m pytest
+	@.venv/bin/ruff check . && .venv/bin/mypy && .venv/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 lab: .venv/.ready
 	@.venv/bin/jupyter lab notebooks

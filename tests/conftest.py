@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import io
+import json
+import os
 import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+from filelock import FileLock
 
 from mome_utils.artifacts import file_digest
 from mome_utils.runner import Request, run_study
@@ -38,11 +42,30 @@ def pytest_addoption(parser: pytest.Parser) -> None:
                      help="keep the smoke study here and go on from what is there (default: a new temporary folder)")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests that run side by side (``pytest -n 2``) take one thread each, also in the processes that they start."""
+    if hasattr(config, "workerinput"):
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def smoke_store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SmokeStore:
-    """Runs the study at ``smoke`` once, as a user would, into a folder of its own. Read only: see smoke_copy."""
-    kept = request.config.getoption("--smoke-artifacts")
-    artifacts = Path(kept).resolve() if kept else tmp_path_factory.mktemp("artifacts")
+    """Runs the study at ``smoke`` once, as a user would, into a folder of its own. Read only: see smoke_copy.
+
+    Tests that run side by side share it: whichever needs it first runs it, and the others wait.
+    """
+    kept, own = request.config.getoption("--smoke-artifacts"), tmp_path_factory.getbasetemp()
+    shared = own.parent if hasattr(request.config, "workerinput") else own
+    artifacts, report = Path(kept).resolve() if kept else shared / "artifacts", shared / "smoke.json"
+    with FileLock(shared / "smoke.lock"):
+        if not report.is_file():
+            report.write_text(json.dumps(_run_smoke(artifacts)), encoding="utf-8")
+    made = json.loads(report.read_text(encoding="utf-8"))
+    return SmokeStore(artifacts, artifacts / "smoke", made["shown"], tuple(made["changed"]))
+
+
+def _run_smoke(artifacts: Path) -> dict[str, object]:
     before = _tracked_files()
     stream = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
@@ -50,8 +73,8 @@ def smoke_store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
         patch.chdir(ROOT)
         run_study(Request(profile="smoke"), root=ROOT, stream=stream)
     after = _tracked_files()
-    changed = tuple(sorted(name for name in before | after if before.get(name) != after.get(name)))
-    return SmokeStore(artifacts, artifacts / "smoke", stream.getvalue(), changed)
+    changed = sorted(name for name in before | after if before.get(name) != after.get(name))
+    return {"shown": stream.getvalue(), "changed": changed}
 
 
 @pytest.fixture
