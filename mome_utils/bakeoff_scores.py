@@ -126,8 +126,8 @@ def _limited(point: np.ndarray, sampled: np.ndarray, topics: int) -> Interval:
 def lead_interval(rows: pd.DataFrame, classifier: str, features: str | None = None) -> Interval:
     """F1 of an entry minus that of the best other, in points, with a 95 % interval over topics and seeds.
 
-    Which of the others is best is decided anew in every resample, since that choice is uncertain too. Where
-    the two never differ the limits are the rule of three's, as in :func:`f1_interval`. Arguments as there.
+    Which of the others is best over all seeds is decided anew in every resample, since that choice is uncertain
+    too. Where the two never differ the limits are the rule of three's, as in :func:`f1_interval`. Arguments as there.
 
     Raises:
         MomeError: only one entry, or entries that were not tested on the same sequences with the same seeds.
@@ -137,7 +137,9 @@ def lead_interval(rows: pd.DataFrame, classifier: str, features: str | None = No
         raise MomeError("A lead needs two classifiers or more: add another one to the bake-off.")
 
     def lead(scores: np.ndarray) -> np.ndarray:
-        return np.asarray(scores[..., at] - np.delete(scores, at, axis=-1).max(-1))
+        others = np.delete(scores, at, axis=-1)
+        best = others.mean(axis=-2, keepdims=True).argmax(-1, keepdims=True)
+        return np.asarray(scores[..., at] - np.take_along_axis(others, best, axis=-1)[..., 0])
 
     found = combine(lead(point), lead(sampled), documents=topics)
     half = _rule_of_three(topics) if found.low == found.high else 0.0

@@ -362,7 +362,8 @@ CORRUPTIONS: Mapping[str, Corruption] = MappingProxyType({
 })
 #: Two texts made one: (text, other text, rate, rng) -> text.
 MIXTURES: Mapping[str, Mixture] = MappingProxyType({
-    "foreign comments": foreign_comments, "quoted code": quote_code, "language switch": switch_language,
+    "foreign comments": partial(foreign_comments, strings=True), "quoted code": quote_code,
+    "language switch": switch_language,
 })
 
 

@@ -68,8 +68,9 @@ def add_language(
     The new row is a logistic regression of "the new language or not", whose score is offset by ``-logsumexp`` of
     the old logits: so its sigmoid is the softmax's probability of the new language. The new language's text stands
     against :func:`pseudo_sequences` of each old language, of the same number and lengths. All that was there
-    (old rows, ``idf``, biases, temperatures) stays bit by bit, and so does the order of the old rows on every
-    input. The price: ids that the old languages never used keep ``idf = 0`` and say nothing.
+    (old rows, ``idf``, biases, temperatures) stays bit by bit; old logits are the same up to the rounding of a sum,
+    so the old rows keep their order on every input (ties aside). The price: ids that the old languages never used
+    keep ``idf = 0`` and say nothing.
 
     Args:
         router: fitted with :func:`fit_router`; it is not changed.

@@ -1,8 +1,9 @@
 """How the study trains its router, and how that way of training is examined: any window, cross-validated by topic.
 
 The published router learns from full blocks. :func:`for_short_prompts` adds two kinds of pieces of every document: of
-a few tokens anywhere in it, and of its beginning, which is what a prompt looks like. Nothing else changes: the
-features are the published ones, TF-IDF of single token ids, and the classifier is the published logistic regression.
+a few tokens anywhere in it, and of its beginning, which is what a prompt looks like. The features stay the published
+ones, TF-IDF of single token ids, and the classifier stays a logistic regression; a block counts as much as five
+pieces, the penalty is a tenth of scikit-learn's, and languages may be weighted.
 
 Shapes: ``L`` languages.
 """

@@ -199,7 +199,8 @@ def accuracy_interval(rows: pd.DataFrame) -> Interval:
     """Share of correct rows in points, with a 95 % interval over topics (and seeds, where there are several).
 
     Topics are resampled whole, as in :mod:`mome_utils.bakeoff`: windows of one document resemble each other. Where
-    not one row is wrong, the lower limit is the rule of three (Hanley & Lippman-Hand 1983): 3 errors among as many.
+    not one row is wrong, the lower limit is the rule of three (Hanley & Lippman-Hand 1983): 3 wrong topics among as
+    many, a cautious limit, wider than that of a single error.
 
     Args:
         rows: with columns seed, topic, correct; at least one.
@@ -213,7 +214,7 @@ def accuracy_interval(rows: pd.DataFrame) -> Interval:
     drawn = (_draws(len(topics)) @ counts.reshape(len(topics), -1)).reshape(DRAWS, len(seeds), 2)
     drawn, total = drawn[(drawn[..., 1] > 0).all(1)], counts.sum(0)  # a draw can miss a seed's few topics
     found = combine(100 * total[:, 0] / total[:, 1], 100 * drawn[..., 0] / drawn[..., 1], documents=len(topics))
-    low = 100 - 300 * len(seeds) / len(rows) if rows["correct"].all() else found.low
+    low = 100 - min(300 / len(topics), 100) if rows["correct"].all() else found.low
     return replace(found, low=max(low, 0.0), high=min(found.high, 100.0))
 
 

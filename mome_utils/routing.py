@@ -291,6 +291,7 @@ class TokenRouter(nn.Module):
         size = parts.sum(dim=1) * (self.weight.abs().max() + self.bias.abs().max())
         error = 2 * (ids.shape[1] + 16) * 2.0**-24 * size + 1e-30
         sure = (best[..., 0] - best[..., 1] > 2 * error).all(dim=0) & (chosen[0, :, 0] == chosen[1, :, 0])
+        sure &= norms.isfinite().all(dim=0).squeeze(1)  # sums that float32 cannot hold settle nothing
         return chosen[0, :, 0], (~sure).nonzero().squeeze(1)
 
     # --------------------------------------------------------------------------------------------- keeping

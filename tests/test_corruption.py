@@ -140,6 +140,11 @@ def test_a_rate_is_a_share(rate: float) -> None:
             mix(name, ["x = 1  # one\n"], ["Text"], rate, 0)
 
 
+def test_foreign_comments_are_foreign_docstrings_and_strings_too() -> None:
+    [mixed] = mix("foreign comments", ['x = "two words"  # one word\n'], ["oui " * 9], 1.0, 0)
+    assert "two words" not in mixed and "one word" not in mixed and mixed.startswith('x = "oui')
+
+
 def test_unknown_names_and_unmatched_texts_are_refused() -> None:
     with pytest.raises(MomeError, match="There is no 'typo': choose one of typos, "):
         damage("typo", ["Text"], 0.1, 0)

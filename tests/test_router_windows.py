@@ -204,8 +204,9 @@ def test_seeds_widen_an_interval_and_no_error_gives_the_rule_of_three() -> None:
     found = accuracy_interval(pd.concat([scored(one), scored(two, seed=1)]))
     assert found.estimate == pytest.approx((95 + 90) / 2) and found.seeds == 2
     assert found.low < accuracy_interval(scored(one)).low
-    perfect = accuracy_interval(scored({"a": [1] * 50, "b": [1] * 50}))
-    assert (perfect.estimate, perfect.low, perfect.high) == (100.0, 97.0, 100.0)
+    perfect = accuracy_interval(scored({f"t{i}": [1] * 10 for i in range(50)}))
+    assert (perfect.estimate, perfect.low, perfect.high) == (100.0, 94.0, 100.0)  # 3 of 50 topics
+    assert accuracy_interval(scored({"a": [1] * 50, "b": [1] * 50})).low == 0  # two topics say nothing
     with pytest.raises(MomeError, match="no windows"):
         accuracy_interval(scored(one)[:0])
 

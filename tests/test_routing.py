@@ -212,14 +212,28 @@ def test_routes_are_the_largest_logits_even_where_float32_cannot_tell(vocabulary
     router.weight.copy_(torch.randn(2, vocabulary, generator=generator, dtype=torch.float64).repeat_interleave(2, 0))
     apart = torch.tensor([[1e-9], [1e-3]], dtype=torch.float64)
     router.weight[1::2] += apart * torch.randn(2, vocabulary, generator=generator, dtype=torch.float64)
+    router.bias.copy_(torch.tensor([0.0, 0.0, 0.05, 0.05]))
     ids = torch.randint(0, vocabulary, (300, 64), generator=generator)
     mask = torch.rand(300, 64, generator=generator) < 0.7 if masked else None
     routes, logits = router.route(ids, mask), router(ids, mask)
     assert torch.equal(routes, logits.argmax(1)) and len(set(routes.tolist())) == 4
     best = logits.topk(2).values
     assert (best[:, 0] - best[:, 1]).median() < 1e-3  # most of them are close
+    _, left = router._decide(*router._checked(ids, mask))
+    assert 0 < len(left) < len(ids)  # the sums decide some, and know that they cannot decide the others
     router.weight[1::2] = -router.weight[::2]
-    assert torch.equal(router.route(ids, mask), router(ids, mask).argmax(1))
+    _, left = router._decide(*router._checked(ids, mask))
+    assert torch.equal(router.route(ids, mask), router(ids, mask).argmax(1)) and len(left) < 0.4 * len(ids)
+
+
+def test_sums_that_float32_cannot_hold_decide_nothing():
+    router = TokenRouter(50, LANGUAGES[:3])
+    generator = torch.Generator().manual_seed(0)
+    router.idf.fill_(1e22)
+    router.weight.copy_(torch.randn(3, 50, generator=generator, dtype=torch.float64))
+    router.bias.copy_(torch.tensor([0.5, -0.2, -0.1]))
+    ids = torch.randint(0, 50, (2000, 6), generator=generator)
+    assert torch.equal(router.route(ids), router(ids).argmax(1))
 
 
 def test_ids_and_masks_that_do_not_fit_are_refused_with_a_sentence(way):
