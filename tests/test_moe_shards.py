@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moe_models import EOS, LANGUAGES, SHAPE, SIZE, build, fitted, mixed_batch
@@ -54,31 +54,43 @@ def run(code: str, *arguments: object) -> str:
     return shown.stdout
 
 
-def test_a_new_process_gives_equal_logits_and_the_same_text(model, saved, mixed, tmp_path):
-    model.router.abstain_below = 0.45
-    model.config.combine = "router"
-    model.save_pretrained(saved)
-    text = model.generate(mixed[0], attention_mask=torch.ones_like(mixed[0]), max_new_tokens=5, do_sample=False)
-    torch.save({"ids": mixed[0], "logits": model(mixed[0]).logits.detach(), "text": text}, tmp_path / "expected.pt")
+def test_a_new_process_gives_equal_logits_and_the_same_text(router, mixed, tmp_path):
+    expected = {"ids": mixed[0]}
+    for variant in VARIANTS:
+        model = build(variant, router)
+        model.router.abstain_below = 0.45
+        model.config.combine = "router"
+        model.save_pretrained(tmp_path / variant)
+        mask = torch.ones_like(mixed[0])
+        text = model.generate(mixed[0], attention_mask=mask, max_new_tokens=5, do_sample=False)
+        expected |= {f"{variant} logits": model(mixed[0]).logits.detach(), f"{variant} text": text}
+    save_file(expected, tmp_path / "expected.safetensors")
     code = """
 import sys, torch, mome_utils
+from pathlib import Path
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 torch.set_num_threads(1)
-expected = torch.load(sys.argv[2], weights_only=True)
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], attn_implementation="eager")
+folder, variants = Path(sys.argv[1]), sys.argv[2:]
+expected = load_file(folder / "expected.safetensors")
 ids = expected["ids"]
-text = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
-print(type(model).__name__, torch.equal(model(ids).logits, expected["logits"]), torch.equal(text, expected["text"]))
+for variant in variants:
+    model = AutoModelForCausalLM.from_pretrained(folder / variant, attn_implementation="eager")
+    text = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
+    logits = model(ids).logits
+    print(type(model).__name__, torch.equal(logits, expected[f"{variant} logits"]),
+          torch.equal(text, expected[f"{variant} text"]))
 """
-    assert run(code, saved, tmp_path / "expected.pt") == "MomeForCausalLM True True\n"
-    assert not list(saved.glob("*.py")) and "auto_map" not in (saved / "config.json").read_text()
+    assert run(code, tmp_path, *VARIANTS) == 3 * "MomeForCausalLM True True\n"
+    assert not list(tmp_path.rglob("*.py")) and "auto_map" not in (tmp_path / "ple" / "config.json").read_text()
 
 
-@pytest.mark.parametrize("first", ["import transformers", "import transformers.trainer", "pass"])
-def test_transformers_knows_the_mixture_whatever_is_imported_first(saved, first):
-    code = f"{first}\nimport sys, mome_utils\nfrom transformers import AutoConfig\n"
-    code += "print(type(AutoConfig.from_pretrained(sys.argv[1])).__name__)"
-    assert run(code, saved) == "MomeConfig\n"
+@pytest.mark.parametrize("first", ["import transformers.trainer", "import mome_utils\nfrom transformers import pipeline"])
+def test_transformers_knows_the_mixture_whatever_is_imported_first(first):
+    code = f"{first}\nimport mome_utils\nfrom transformers import AutoConfig, AutoModelForCausalLM\n"
+    code += "config = AutoConfig.for_model('mome')\n"
+    code += "print(AutoModelForCausalLM._model_mapping[type(config)].__name__)"
+    assert run(code) == "MomeForCausalLM\n"
 
 
 def test_the_index_names_every_tensor_once_and_every_hash(model, saved):
