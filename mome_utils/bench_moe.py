@@ -35,6 +35,7 @@ def moe(
     sizes: Sequence[tuple[Shape, int, int]] = SIZES,
     sequences: int = 64,
     new_tokens: int = 48,
+    variants: Sequence[str] = VARIANTS,
     least_seconds: float = 0.2,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
@@ -51,7 +52,7 @@ def moe(
         rounds: how often each has its turn.
         sizes: shapes of an expert with vocabulary and block size.
         sequences: in the mixed batch; a multiple of the languages.
-        new_tokens: to generate.
+        new_tokens: to generate. variants: to try.
         least_seconds: see `alternate`. seed: of weights and texts.
 
     Returns:
@@ -70,7 +71,7 @@ def moe(
     for shape, vocabulary, block in sizes:
         texts = _texts(vocabulary, block, sequences // len(LANGUAGES), seed)
         order = torch.randperm(sequences, generator=torch.Generator().manual_seed(seed))
-        for variant in VARIANTS:
+        for variant in variants:
             model = _model(variant, shape, vocabulary, block, texts, seed)
             with one_thread():
                 works = {

@@ -372,7 +372,27 @@ def _merge(pieces: list[Tensor], groups: Sequence[tuple[int, Tensor]]) -> Tensor
     """Answers of groups that share no row, in the order of the batch."""
     if len(pieces) == 1:
         return pieces[0]
-    return torch.cat(pieces).index_select(0, torch.argsort(torch.cat([rows for _, rows in groups])))
+    merged: Tensor = _Rows.apply([rows for _, rows in groups], *pieces)  # type: ignore[no-untyped-call]
+    return merged
+
+
+class _Rows(torch.autograd.Function):
+    """Puts pieces [n, …] into their rows of one tensor [B, …]: each number is copied once, and once backwards.
+
+    PLE's pieces are logits, the largest tensors there are; joining and then ordering them would copy them twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, places: list[Tensor], *pieces: Tensor) -> Tensor:
+        ctx.places = places
+        merged = pieces[0].new_empty(sum(map(len, pieces)), *pieces[0].shape[1:])
+        for rows, piece in zip(places, pieces, strict=True):
+            merged.index_copy_(0, rows, piece)
+        return merged
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *(gradients[0].index_select(0, rows) for rows in ctx.places)
 
 
 AutoModelForCausalLM.register(MomeConfig, MomeForCausalLM, exist_ok=True)

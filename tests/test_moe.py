@@ -9,9 +9,6 @@ import torch
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
-from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM
-
 from moe_models import (
     BLOCK,
     EOS,
@@ -25,6 +22,9 @@ from moe_models import (
     students,
     tokens,
 )
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from mome_utils.config import MomeError, Shape
 from mome_utils.corpus import Document
 from mome_utils.evaluation import score_documents

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from moe_models import BLOCK, LANGUAGES, SHAPE, SIZE, VOCABULARY, build, fitted, mixed_batch, moved, students, tokens
 from tokenizers import Tokenizer, models
 
-from moe_models import BLOCK, LANGUAGES, SHAPE, SIZE, VOCABULARY, build, fitted, mixed_batch, moved, students, tokens
 from mome_utils.config import MomeError, Shape
 from mome_utils.models import build_gpt2
 from mome_utils.moe import Expert, MomeForCausalLM

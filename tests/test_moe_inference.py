@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
+from moe_models import EOS, LANGUAGES, VOCABULARY, build, fitted, mixed_batch, tokens
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, pipeline
 
-from moe_models import EOS, LANGUAGES, VOCABULARY, build, fitted, mixed_batch, tokens
 from mome_utils.config import MomeError
 from mome_utils.moe_config import COMMON, VARIANTS, MomeConfig
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from moe_models import EOS, LANGUAGES, SHAPE, SIZE, build, fitted, mixed_batch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moe_models import EOS, LANGUAGES, SHAPE, SIZE, build, fitted, mixed_batch
 from mome_utils.artifacts import DamagedArtifact
 from mome_utils.config import MomeError, Shape
 from mome_utils.moe import MomeForCausalLM, build_mome
@@ -85,7 +85,7 @@ for variant in variants:
     assert not list(tmp_path.rglob("*.py")) and "auto_map" not in (tmp_path / "ple" / "config.json").read_text()
 
 
-@pytest.mark.parametrize("first", ["import transformers.trainer", "import mome_utils\nfrom transformers import pipeline"])
+@pytest.mark.parametrize("first", ["import transformers.trainer", "import mome_utils, transformers.pipelines"])
 def test_transformers_knows_the_mixture_whatever_is_imported_first(first):
     code = f"{first}\nimport mome_utils\nfrom transformers import AutoConfig, AutoModelForCausalLM\n"
     code += "config = AutoConfig.for_model('mome')\n"
