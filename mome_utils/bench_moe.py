@@ -112,7 +112,7 @@ def _model(
     model = build_mome(
         variant, shape, vocab_size=vocabulary, block_size=block, languages=LANGUAGES, seed=seed, bos=BOS, eos=EOS
     ).eval()
-    model.set_router(fit_router({n: t.numpy() for n, t in zip(LANGUAGES, texts, strict=True)}, vocabulary))
+    model.set_router(fit_router({n: list(t.numpy()) for n, t in zip(LANGUAGES, texts, strict=True)}, vocabulary))
     for place, part in enumerate(texts):
         if not (model.route(part) == place).all():
             raise MomeError("The router does not tell the benchmark's languages apart: give it longer sequences.")
@@ -162,7 +162,7 @@ def _token(
     model: MomeForCausalLM, shape: Shape, prompt: Tensor, count: int, seed: int, timed: _Timed
 ) -> _Work:
     """A text from the mixture, against one from a plain GPT-2 of equal active size."""
-    plain = _alone(model, shape, seed)
+    plain: Any = _alone(model, shape, seed)
     options: dict[str, Any] = dict(
         attention_mask=torch.ones_like(prompt), max_new_tokens=count, do_sample=False, eos_token_id=None,
     )
@@ -174,7 +174,7 @@ def _token(
         return model.generate(prompt, **options)
 
     def alone() -> object:
-        return plain.generate(prompt, **options)  # type: ignore[operator]
+        return plain.generate(prompt, **options)
 
     return timed(routed, alone), difference, count
 

@@ -372,7 +372,7 @@ def _merge(pieces: list[Tensor], groups: Sequence[tuple[int, Tensor]]) -> Tensor
     """Answers of groups that share no row, in the order of the batch."""
     if len(pieces) == 1:
         return pieces[0]
-    merged: Tensor = _Rows.apply([rows for _, rows in groups], *pieces)  # type: ignore[no-untyped-call]
+    merged: Tensor = _Rows.apply([rows for _, rows in groups], *pieces)
     return merged
 
 
