@@ -116,9 +116,11 @@ def relative_times(
     return pd.DataFrame(rows)
 
 
-def intervals_by_arm(arms: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """Each arm's mean bits per byte with its interval: arm, estimate, low, high."""
-    found = {arm: interval(rows) for arm, rows in arms.items()}
-    return pd.DataFrame([
-        {"arm": arm, "estimate": i.estimate, "low": i.low, "high": i.high} for arm, i in found.items()
-    ])
+def intervals_by_arm(arms: Mapping[str, pd.DataFrame], languages: Sequence[str]) -> pd.DataFrame:
+    """Each arm's bits per byte with its interval, by language and in the mean: arm, language, estimate, low, high."""
+    found = []
+    for arm, rows in arms.items():
+        for language in (*languages, MEAN):
+            own = interval(rows if language == MEAN else rows[rows["language"] == language])
+            found.append({"arm": arm, "language": language, "estimate": own.estimate, "low": own.low, "high": own.high})
+    return pd.DataFrame(found)

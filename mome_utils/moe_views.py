@@ -21,7 +21,7 @@ from mome_utils.moe_config import COMMON
 
 __all__ = [
     "DOCUMENT", "WINDOWS", "Voice", "continuations", "coverage_curve", "expert_voices", "prompt_losses",
-    "switching_document", "token_losses",
+    "prompt_panel", "switching_document", "token_losses",
 ]
 
 #: Names of the two ways to route a document in :func:`token_losses`.
@@ -95,6 +95,19 @@ def continuations(
         )
         written[name] = str(tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True))
     return written
+
+
+def prompt_panel(
+    model: MomeForCausalLM, name: str, tokenizer: PreTrainedTokenizerFast, prompt: str, **options: Any
+) -> tuple[str, str, dict[str, str]]:
+    """What a mixture called ``name`` and each of its experts write after a prompt: title, prompt and texts.
+
+    The title says where the router sends the prompt. ``options`` are those of :func:`continuations`.
+    """
+    written = continuations(expert_voices(model, name), tokenizer, prompt, **options)
+    ids = torch.tensor([[int(tokenizer.bos_token_id), *tokenizer(prompt)["input_ids"]]], device=model.device)
+    route = int(model.route(ids)[0])
+    return f"{name}, routed to {model.languages[route] if route >= 0 else 'the fallback'}", prompt, written
 
 
 def switching_document(blocks: Mapping[str, np.ndarray], length: int) -> tuple[Tensor, list[str]]:
@@ -208,6 +221,6 @@ def coverage_curve(rows: pd.DataFrame, thresholds: Sequence[float]) -> pd.DataFr
             found.append({
                 "length": length, "threshold": threshold, "coverage": float(sure.mean()),
                 "nats": float(part["routed"].where(sure, part["fallback"]).mean()),
-                "right": float(part.loc[sure, "right"].mean()),
+                "right": float(part.loc[sure, "right"].mean()) if sure.any() else float("nan"),
             })
     return pd.DataFrame(found)
