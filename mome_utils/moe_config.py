@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 from transformers.models.auto.configuration_auto import AutoConfig
-from transformers.models.gpt2.configuration_gpt2 import GPT2Config
 
 from mome_utils.config import MomeError
+from mome_utils.registration import register_model
+
+if TYPE_CHECKING:
+    from transformers import GPT2Config
 
 __all__ = ["COMBINES", "COMMON", "VARIANTS", "MomeConfig"]
 
@@ -43,12 +46,12 @@ class MomeConfig(PreTrainedConfig):
     """
 
     model_type = "mome"
-    sub_configs_defaults = {"expert": SubConfigSpec(GPT2Config)}
+    sub_configs_defaults = {"expert": SubConfigSpec(AutoConfig, model_type="gpt2")}
     keys_to_ignore_at_inference = ["past_key_values"]
 
     variant: str = "jeet"
     languages: list[str] | tuple[str, ...] = ("en", "fr", "de", "py")
-    expert: GPT2Config | dict[str, Any] | None = None
+    expert: PreTrainedConfig | dict[str, Any] | None = None
     router_fitted: bool = False
     active_experts: list[str] | tuple[str, ...] | None = None
     combine: str = "mean"
@@ -59,6 +62,7 @@ class MomeConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        register_model()
         self.languages = list(self.languages)
         if self.variant not in VARIANTS:
             raise MomeError(f"There is no MoE variant '{self.variant}': choose one of {', '.join(VARIANTS)}.")
@@ -105,7 +109,7 @@ class MomeConfig(PreTrainedConfig):
     @property
     def gpt2(self) -> GPT2Config:
         """The experts' configuration."""
-        return cast(GPT2Config, self.expert)
+        return cast("GPT2Config", self.expert)
 
     # What transformers asks any language model's configuration for; the experts' shape is kept in one place.
     @property

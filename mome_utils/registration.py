@@ -2,8 +2,9 @@
 
 ``import mome_utils`` must stay light (the command line answers ``--help`` at once), and yet after it
 ``AutoModelForCausalLM.from_pretrained`` must know the mixture. transformers has no public way to register a class
-that is not loaded. So a finder waits for transformers' registries: as soon as one has been imported, by whomever,
-the module that registers the mixture there is imported too. A registry that is there already is served at once.
+that is not loaded. So a finder waits for transformers' registry of configurations: as soon as it has been imported,
+by whomever, the mixture's configuration is imported too, which registers itself there and needs little more than the
+registry. Whoever loads a model makes its configuration first, and that imports the model, which registers itself.
 """
 
 from __future__ import annotations
@@ -13,15 +14,12 @@ import sys
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
-from types import MappingProxyType, ModuleType
+from types import ModuleType
 
-__all__ = ["REGISTRIES", "register_when_needed"]
+__all__ = ["register_model", "register_when_needed"]
 
-#: transformers' registries, and the module of ours that registers the mixture in each.
-REGISTRIES = MappingProxyType({
-    "transformers.models.auto.configuration_auto": "mome_utils.moe_config",
-    "transformers.models.auto.modeling_auto": "mome_utils.moe",
-})
+_REGISTRY = "transformers.models.auto.configuration_auto"
+_CONFIG, _MODEL = "mome_utils.moe_config", "mome_utils.moe"
 
 
 class _Then(Loader):
@@ -42,27 +40,31 @@ class _Then(Loader):
         importlib.import_module(self.follower)
 
 
-class _Registries(MetaPathFinder):
-    """Finds transformers' registries where they are, and has the mixture registered after their import."""
+class _Registry(MetaPathFinder):
+    """Finds transformers' registry where it is, and has the mixture's configuration registered after its import."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in REGISTRIES:
+        if fullname != _REGISTRY:
             return None
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Then(spec.loader, REGISTRIES[fullname])
+            spec.loader = _Then(spec.loader, _CONFIG)
         return spec
 
 
 def register_when_needed() -> None:
-    """Register the mixture with those of transformers' registries that are loaded, and with the others once they are.
+    """Register the mixture's configuration with transformers, now or as soon as its registry is loaded.
 
     Calling it again changes nothing.
     """
-    if not any(isinstance(finder, _Registries) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Registries())
-    for registry, follower in REGISTRIES.items():
-        if registry in sys.modules:
-            importlib.import_module(follower)
+    if _REGISTRY in sys.modules:
+        importlib.import_module(_CONFIG)
+    elif not any(isinstance(finder, _Registry) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Registry())
+
+
+def register_model() -> None:
+    """Register the mixture's model with transformers (the configuration does it when one is made)."""
+    importlib.import_module(_MODEL)
