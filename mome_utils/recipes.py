@@ -230,7 +230,7 @@ def gpt2_parameters(shape: Shape, vocab_size: int, block_size: int) -> int:
 def matched_shape(study: Study, experts: int) -> Shape:
     """Shape of each of ``experts`` models that together have as many parameters as one student per language.
 
-    The rule: the student's depth, and the width (a multiple of 8) that comes nearest; the number of heads is the
+    The rule: the student's depth, and the width (a multiple of 4) that comes nearest; the number of heads is the
     divisor of the width that comes nearest to the student's width per head. Depth stays because the layers follow one
     another: so a token passes as many of them in every model that is compared.
     """
@@ -243,8 +243,8 @@ def matched_shape(study: Study, experts: int) -> Shape:
     def distance(width: int) -> float:
         return abs(gpt2_parameters(Shape(layers, width, 1), vocabulary, profile.block_size) - target)
 
-    widest = 8 + profile.student.width * len(study.languages)  # parameters grow at least as fast as the width
-    width = min(range(8, widest + 8, 8), key=distance)
+    widest = 4 + profile.student.width * len(study.languages)  # parameters grow at least as fast as the width
+    width = min(range(4, widest + 4, 4), key=distance)
     heads = min((h for h in range(1, width + 1) if width % h == 0), key=lambda h: abs(width / h - per_head))
     return Shape(layers, width, heads)
 

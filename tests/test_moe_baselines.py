@@ -13,7 +13,7 @@ import torch
 from mome_utils import recipes
 from mome_utils.config import MomeError, Shape
 from mome_utils.corpus import Document
-from mome_utils.evaluation import bits_per_byte, encode_documents, score_documents
+from mome_utils.evaluation import encode_documents, score_documents
 from mome_utils.models import build_gpt2, parameter_count
 from mome_utils.moe import MomeForCausalLM, build_mome
 from mome_utils.moe_baselines import (
@@ -139,7 +139,7 @@ def test_a_soup_has_the_mean_weights_and_leaves_its_source_alone(variant, tokeni
     model = build_mome(variant, Shape(1, 16, 2), vocab_size=len(tokenizer), block_size=BLOCK, languages=LANGUAGES,
                        seed=0, bos=tokenizer.bos_token_id, eos=tokenizer.eos_token_id)
     before = copy.deepcopy(model.state_dict())
-    experts = {i: {name: value for name, value in expert.named_parameters()}
+    experts = {i: dict(expert.named_parameters())
                for i, expert in enumerate(model.experts)}
     for name, value in soup(model).experts[1].named_parameters():
         expected = sum(own[name] for own in experts.values()) / len(experts)
@@ -232,8 +232,20 @@ def test_parameters_of_a_setting_are_those_that_it_asks(tokenizer):
 
 
 @pytest.fixture
-def study(use_smoke_store) -> Study:
-    return Study.open("test", profile="smoke", quiet=True)
+def study(tmp_path, monkeypatch) -> Study:
+    """A study of four languages with a data set, and nothing trained."""
+    monkeypatch.setenv("MOME_ARTIFACTS", str(tmp_path / "artifacts"))
+    for language, word in (("en", "word"), ("fr", "mot"), ("de", "Wort"), ("py", "name")):
+        folder = tmp_path / "texts" / language
+        folder.mkdir(parents=True)
+        for topic in range(12):
+            text = "\n\n".join(f"{word} {topic} {part} " * 30 for part in range(4))
+            (folder / f"t{topic:02d}.txt").write_text(text, encoding="utf-8")
+    overrides = {"vocab_size": 300, "block_size": 32, "stride": 16, "test_fraction": 0.2, "validation_fraction": 0.2}
+    study = Study.open("test", profile="smoke", corpus=str(tmp_path / "texts"), languages=["en", "fr", "de", "py"],
+                       overrides=overrides, quiet=True)
+    study.build_data()
+    return study
 
 
 @pytest.mark.parametrize("shape", [Shape(1, 16, 2), Shape(3, 24, 3)])
