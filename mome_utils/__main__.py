@@ -171,7 +171,7 @@ def parser() -> argparse.ArgumentParser:
     publish.set_defaults(command=_publish)
 
     bench = commands.add_parser("bench", help="time a part of the package next to what it replaces")
-    bench.add_argument("name", metavar="NAME", help="which benchmark: router")
+    bench.add_argument("name", metavar="NAME", help="which benchmark: router, moe")
     bench.add_argument("--rounds", type=int, default=7, metavar="N",
                        help="how often the two are timed in turn (default: %(default)d)")
     bench.add_argument("--out", type=Path, metavar="FILE", help="JSON to write (default: data/benchmarks/NAME.json)")

@@ -34,7 +34,9 @@ from mome_utils.router_fit import from_sklearn
 from mome_utils.routing import TokenRouter
 from mome_utils.tokenization import encode, train_tokenizer
 
-__all__ = ["BENCHMARKS", "Alternation", "alternate", "machine", "one_thread", "router", "run_benchmark", "table"]
+__all__ = [
+    "BENCHMARKS", "Alternation", "alternate", "machine", "moe", "one_thread", "router", "run_benchmark", "table",
+]
 
 @dataclass(frozen=True)
 class Alternation:
@@ -223,8 +225,15 @@ def _checked_difference(published: Pipeline, compiled: TokenRouter, batch: torch
     return difference
 
 
+def moe(**options: Any) -> list[dict[str, Any]]:
+    """Mixed batches and routed tokens next to plain ones: see :func:`mome_utils.bench_moe.moe`."""
+    from mome_utils import bench_moe  # it stands on this module
+
+    return bench_moe.moe(**options)
+
+
 #: Name to function; each takes ``root``, the project's folder, and ``rounds``, and returns rows.
-BENCHMARKS: Mapping[str, Callable[..., list[dict[str, Any]]]] = MappingProxyType({"router": router})
+BENCHMARKS: Mapping[str, Callable[..., list[dict[str, Any]]]] = MappingProxyType({"router": router, "moe": moe})
 
 
 def run_benchmark(name: str, out: Path, **options: Any) -> list[dict[str, Any]]:

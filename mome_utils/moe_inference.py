@@ -56,10 +56,9 @@ class Inference:
         Raises:
             MomeError: an unknown expert, none, or one that was left on disk.
         """
-        there = [n for n, e in zip(self.languages, self.experts, strict=True) if not isinstance(e, Absent)]
-        chosen = there if names is None else self.config.checked_active(names)
+        chosen = self._there if names is None else self.config.checked_active(names)
         for name in chosen:
-            if name not in there:
+            if name not in self._there:
                 raise MomeError(
                     f"The expert '{name}' was left on disk: load the model again with active_experts={chosen}."
                 )
@@ -157,6 +156,11 @@ class Inference:
             best = self.router_probabilities(input_ids[~told], mask).topk(min(2, len(self.active))).indices
             weights[~told] = weights[~told].scatter(1, best, 1 / best.shape[1])
         return weights
+
+    @property
+    def _there(self) -> list[str]:
+        """Names of the experts in memory."""
+        return [n for n, e in zip(self.languages, self.experts, strict=True) if not isinstance(e, Absent)]
 
     def _fitted_router(self) -> TokenRouter:
         if not self.config.router_fitted:

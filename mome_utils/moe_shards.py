@@ -168,7 +168,7 @@ class Shards(Inference):
         folder.mkdir(parents=True, exist_ok=True)
         state: dict[str, Tensor] = self.state_dict() if state_dict is None else state_dict  # type: ignore[attr-defined]
         kwargs["max_shard_size"] = max(1, sum(t.numel() * t.element_size() for t in state.values()))
-        files = {name: f"expert-{quote(name, safe='')}.safetensors" for name in self.active}
+        files = {name: f"expert-{quote(name, safe='')}.safetensors" for name in self._there}
         place = {f"experts.{i}.": files[name] for i, name in enumerate(self.languages) if name in files}
         parts: dict[str, dict[str, Tensor]] = {file: {} for file in (SHARED, *files.values())}
         tied: Mapping[str, str] = self.all_tied_weights_keys  # type: ignore[attr-defined]

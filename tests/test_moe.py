@@ -12,10 +12,22 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from moe_models import (
+    BLOCK,
+    EOS,
+    LANGUAGES,
+    SHAPE,
+    SIZE,
+    VOCABULARY,
+    build,
+    fitted,
+    mixed_batch,
+    students,
+    tokens,
+)
 from mome_utils.config import MomeError, Shape
 from mome_utils.corpus import Document
 from mome_utils.evaluation import score_documents
-from mome_utils.models import build_gpt2
 from mome_utils.moe import MomeForCausalLM, build_mome
 from mome_utils.moe_config import COMMON, VARIANTS, MomeConfig
 from mome_utils.moe_settings import _normalizers, score_settings, setting_logits, settings
@@ -23,33 +35,9 @@ from mome_utils.router_fit import fit_router
 from mome_utils.tokenization import train_tokenizer
 
 torch.set_num_threads(1)
-LANGUAGES = ("en", "fr", "de", "py")
-SHAPE, BLOCK, WIDTH_OF_RANGE = Shape(2, 16, 2), 24, 12
-VOCABULARY = 3 + WIDTH_OF_RANGE * len(LANGUAGES)
-BOS, EOS = 1, 2
-SIZE = {"vocab_size": VOCABULARY, "block_size": BLOCK, "bos": BOS, "eos": EOS}
-
-
-def tokens(language: int, count: int, length: int, seed: int = 0) -> torch.Tensor:
-    """Sequences [count, length] of ids that belong to one language."""
-    generator = torch.Generator().manual_seed(97 * seed + language)
-    return 3 + WIDTH_OF_RANGE * language + torch.randint(WIDTH_OF_RANGE, (count, length), generator=generator)
-
-
 @pytest.fixture(scope="module")
 def router():
-    blocks = {name: tokens(i, 12, BLOCK).numpy() for i, name in enumerate(LANGUAGES)}
-    return fit_router(blocks, VOCABULARY)
-
-
-def build(variant: str, router=None, seed: int = 0) -> MomeForCausalLM:
-    model = build_mome(variant, SHAPE, languages=LANGUAGES, seed=seed, **SIZE)
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():  # a fresh model is almost linear: make its parts differ
-        parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
-    if router is not None:
-        model.set_router(router)
-    return model.eval()
+    return fitted()
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
@@ -59,10 +47,7 @@ def model(request, router):
 
 @pytest.fixture(scope="module")
 def mixed():
-    """Two sequences of each language, [8, 9], shuffled, and their languages, [8]."""
-    ids = torch.cat([tokens(i, 2, 9) for i in range(len(LANGUAGES))])
-    order = torch.tensor([5, 0, 7, 2, 1, 6, 3, 4])
-    return ids[order], order // 2
+    return mixed_batch()
 
 
 def gradients(model, ids, routes) -> dict[str, torch.Tensor | None]:
@@ -173,13 +158,6 @@ def test_a_loaded_model_keeps_that_its_router_was_never_fitted(tmp_path):
     with pytest.raises(MomeError, match="no fitted router"):
         loaded(tokens(0, 1, 4))
     assert json.loads((tmp_path / "config.json").read_text())["router_fitted"] is False
-
-
-def students(languages=LANGUAGES, shape=SHAPE):
-    return {
-        name: build_gpt2(shape, seed=i, **SIZE).eval()
-        for i, name in enumerate(languages)
-    }
 
 
 def test_experts_from_students_answer_as_the_students(router, mixed, tmp_path):
