@@ -87,7 +87,7 @@ def relative_times(
     baseline: str,
     *,
     rounds: int = 5,
-    least_seconds: float = 0.02,
+    least_seconds: float = 0.01,
     clock: Callable[[], float] = time.process_time,
 ) -> pd.DataFrame:
     """How many times as long as the baseline each function takes, each timed in turn with it.

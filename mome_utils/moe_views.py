@@ -133,9 +133,10 @@ def token_losses(
 ) -> tuple[pd.DataFrame, list[str]]:
     """Loss of each token of one text under each expert, and under the mixture that routes once or again and again.
 
-    Routing again follows ``generate(reroute_every=…, reroute_window=…)``: the tokens ``every·k`` to ``every·(k+1)-1``
-    are predicted by the expert that the router chooses for the ``window`` tokens before them; the first of them are
-    the prompt, and routed by themselves. Routing once uses the whole text, as scoring does.
+    Routing again is done in the manner of ``generate(reroute_every=…, reroute_window=…)``, but with the most probable
+    expert however sure the router is: the tokens ``every·k`` to ``every·(k+1)-1`` are predicted by the expert that it
+    chooses for the ``window`` tokens before them; the first of them are the prompt, and routed by themselves. Routing
+    once uses the whole text, as scoring does.
 
     Args:
         model: PLE or JEET, or MoE-CE (whose experts answer with the common one, as trained), with a fitted router.

@@ -263,7 +263,7 @@ def test_groups_hold_every_language_once(count, sizes):
         recipes.expert_groups(("en", "fr", "de", "py"), 5)
 
 
-@pytest.mark.parametrize("experts", [1, 2, 3, 4])
+@pytest.mark.parametrize("experts", [1, 2, 4])
 def test_models_of_equal_total_size_differ_by_a_few_per_cent(study, experts):
     vocabulary, block = len(study.data().tokenizer), study.profile.block_size
     shape = recipes.matched_shape(study, experts)
