@@ -18,29 +18,29 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from mome_utils.config import MomeError
 from mome_utils.corpus import Document
-from mome_utils.evaluation import (
-    LogitsFn,
-    add_up,
-    score_documents,
-    score_rows,
-    target_logprobs,
-    window_batches,
-)
+from mome_utils.evaluation import WindowBatch, add_up, score_rows, window_batches
 from mome_utils.moe import MomeForCausalLM
+from mome_utils.moe_settings import CHUNK
 from mome_utils.routing import TokenRouter
 
-__all__ = ["ORACLE", "ROUTED", "causal", "expert_functions", "score_ensembles", "score_soup", "soft_name", "soup"]
+__all__ = [
+    "ORACLE", "ROUTED", "Scorer", "causal", "causal_logprobs", "expert_scorers", "score_ensembles", "score_soup",
+    "soft_name", "soup", "top_weights",
+]
+
+#: Windows → log-probability in nats of each of their scored targets, [S] on the CPU.
+Scorer = Callable[[WindowBatch], Tensor]
 
 #: Names of the settings in the rows of :func:`score_ensembles`, as in :mod:`mome_utils.moe_settings`.
 ROUTED, ORACLE = "routed", "routed, true language"
@@ -52,7 +52,7 @@ def soft_name(top: int) -> str:
 
 
 def causal(model: nn.Module, ids: Tensor) -> Tensor:
-    """Logits [B, T, V] of an ordinary causal language model on ids [B, T]; with ``partial``, a function to score."""
+    """Logits [B, T, V] of an ordinary causal language model on ids [B, T]; with ``partial``, a function to time."""
     device = next(model.parameters()).device
     # Embedded here: given ids, transformers would warn of unmasked padding at every </s>, also the padding token.
     embeddings = model.get_input_embeddings()(ids.to(device))  # type: ignore[operator]
@@ -60,20 +60,38 @@ def causal(model: nn.Module, ids: Tensor) -> Tensor:
     return logits
 
 
-def _expert_logits(model: MomeForCausalLM, name: str, ids: Tensor) -> Tensor:
-    """Logits [B, T, V] of one expert of a mixture."""
-    logits: Tensor = model.head(name)(model.expert_hidden(name, ids.to(model.device)))
-    return logits
+def causal_logprobs(model: GPT2LMHeadModel, batch: WindowBatch) -> Tensor:
+    """Log-probability in nats of each scored target under a GPT-2, [S] on the CPU."""
+    embeddings = model.transformer.wte(batch.ids.to(model.device))  # see `causal`
+    hidden = model.transformer(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+    return _picked_logprobs(hidden, model.lm_head, batch)
 
 
-def expert_functions(model: MomeForCausalLM) -> dict[str, LogitsFn]:
-    """Each expert of a mixture by itself: language → (ids [B, T] → logits [B, T, V])."""
-    return {name: partial(_expert_logits, model, name) for name in model.languages}
+def _expert_logprobs(model: MomeForCausalLM, name: str, batch: WindowBatch) -> Tensor:
+    """Log-probability in nats of each scored target under one expert of a mixture, [S] on the CPU."""
+    hidden = model.expert_hidden(name, batch.ids.to(model.device))
+    return _picked_logprobs(hidden, model.head(name), batch)
+
+
+def _picked_logprobs(hidden: Tensor, head: nn.Module, batch: WindowBatch) -> Tensor:
+    """[S] from hidden states [B, T, D]: only the scored positions are projected, few at a time to stay in the cache."""
+    device = hidden.device
+    picked, targets = hidden[batch.rows.to(device), batch.columns.to(device)], batch.targets.to(device)
+    found = []
+    for states, wanted in zip(picked.split(CHUNK), targets.split(CHUNK), strict=True):
+        logits = head(states).float()
+        found.append(logits.gather(1, wanted[:, None])[:, 0] - logits.logsumexp(-1))
+    return torch.cat(found).cpu()
+
+
+def expert_scorers(model: MomeForCausalLM) -> dict[str, Scorer]:
+    """Each expert of a mixture by itself, for :func:`score_ensembles`."""
+    return {name: partial(_expert_logprobs, model, name) for name in model.languages}
 
 
 @torch.inference_mode()
 def score_ensembles(
-    experts: Mapping[str, LogitsFn],
+    experts: Mapping[str, Scorer],
     router: TokenRouter,
     tokenizer: PreTrainedTokenizerFast,
     documents: Sequence[Document],
@@ -88,8 +106,9 @@ def score_ensembles(
     Each window is routed by itself. Every different expert runs once on each window.
 
     Args:
-        experts: for each of the router's languages, ids [B, T] long → logits [B, T, V]. One function may serve several
-            languages (an expert of two languages): it then runs once, and has both languages' probability.
+        experts: for each of the router's languages, what scores windows: ``expert_scorers(mixture)``, or
+            ``partial(causal_logprobs, model)`` for each. One function may serve several languages (an expert of two
+            languages): it then runs once, and has both languages' probability.
         router: calibrated for good weights (:func:`mome_utils.router_fit.calibrate`).
         tokenizer: the study's.
         documents: each scored alone, in windows of ``block_size`` tokens that start ``stride`` apart.
@@ -114,7 +133,7 @@ def score_ensembles(
     tokens = np.zeros(len(documents), dtype=np.int64)
     for batch in window_batches(tokenizer, documents, block_size, stride, batch_size):
         np.add.at(tokens, batch.target_owners.numpy(), 1)
-        logprobs = torch.stack([target_logprobs(function(batch.ids), batch) for function in functions])[serves]
+        logprobs = torch.stack([function(batch) for function in functions])[serves]
         device = router.bias.device
         probabilities = router.probabilities(batch.ids.to(device), batch.mask.to(device)).cpu()
         every = torch.arange(logprobs.shape[1])
@@ -151,6 +170,7 @@ def soup(model: MomeForCausalLM) -> MomeForCausalLM:
     return mixed
 
 
+@torch.inference_mode()
 def score_soup(
     model: MomeForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
@@ -159,7 +179,11 @@ def score_soup(
     block_size: int,
     stride: int,
 ) -> pd.DataFrame:
-    """Loss of each document under the :func:`soup` of a mixture's experts: rows of ``score_documents``, and setting."""
-    one = expert_functions(soup(model))[model.languages[0]]
-    rows = score_documents(one, tokenizer, documents, block_size=block_size, stride=stride)
-    return rows.assign(setting="soup")[["setting", *rows.columns]]
+    """Loss of each document under the :func:`soup` of a mixture's experts: rows as of :func:`score_ensembles`."""
+    one = expert_scorers(soup(model))[model.languages[0]]
+    totals, tokens = np.zeros(len(documents)), np.zeros(len(documents), dtype=np.int64)
+    for batch in window_batches(tokenizer, documents, block_size, stride):
+        add_up(totals, batch, one(batch))
+        np.add.at(tokens, batch.target_owners.numpy(), 1)
+    rows = score_rows(documents, totals, tokens).assign(setting="soup")
+    return rows[["setting", *rows.columns.drop("setting")]]

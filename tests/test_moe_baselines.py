@@ -13,12 +13,13 @@ import torch
 from mome_utils import recipes
 from mome_utils.config import MomeError, Shape
 from mome_utils.corpus import Document
-from mome_utils.evaluation import encode_documents, score_documents
+from mome_utils.evaluation import encode_documents, score_documents, window_batches
 from mome_utils.models import build_gpt2, parameter_count
 from mome_utils.moe import MomeForCausalLM, build_mome
 from mome_utils.moe_baselines import (
     causal,
-    expert_functions,
+    causal_logprobs,
+    expert_scorers,
     score_ensembles,
     score_soup,
     soft_name,
@@ -71,7 +72,7 @@ def ple(tokenizer, router) -> MomeForCausalLM:
 
 @pytest.fixture(scope="module")
 def rows(ple, router, tokenizer, documents) -> pd.DataFrame:
-    return score_ensembles(expert_functions(ple), router, tokenizer, documents, block_size=BLOCK, stride=STRIDE)
+    return score_ensembles(expert_scorers(ple), router, tokenizer, documents, block_size=BLOCK, stride=STRIDE)
 
 
 def test_hard_routes_are_scored_as_by_the_settings(rows, ple, tokenizer, documents):
@@ -100,20 +101,19 @@ def test_the_soft_ensemble_is_the_mean_of_probabilities(rows, ple, router, token
 
 def test_the_top_one_is_the_hard_route_and_one_expert_for_all_needs_no_router(ple, router, tokenizer, documents):
     size = {"block_size": BLOCK, "stride": STRIDE}
-    one = score_ensembles(expert_functions(ple), router, tokenizer, documents, top=1, **size)
+    one = score_ensembles(expert_scorers(ple), router, tokenizer, documents, top=1, **size)
     parts = {name: part["nats"].to_numpy() for name, part in one.groupby("setting")}
     np.testing.assert_allclose(parts[soft_name(1)], parts["routed"], rtol=1e-6)
     calls = []
     model = gpt2(tokenizer, 7)
 
-    def counted(ids):
-        calls.append(len(ids))
-        return causal(model, ids)
+    def counted(batch):
+        calls.append(len(batch.ids))
+        return causal_logprobs(model, batch)
 
     same = score_ensembles(dict.fromkeys(LANGUAGES, counted), router, tokenizer, documents, **size)
-    windows = sum(calls)
-    alone = score_documents(counted, tokenizer, documents, **size)
-    assert sum(calls) == 2 * windows  # as an expert of three languages it ran once on each window
+    assert sum(calls) == sum(len(batch.ids) for batch in window_batches(tokenizer, documents, BLOCK, STRIDE))
+    alone = score_documents(lambda ids: causal(model, ids), tokenizer, documents, **size)
     for _, part in same.groupby("setting"):
         np.testing.assert_allclose(part["nats"], alone["nats"], rtol=1e-5)
 
@@ -128,7 +128,7 @@ def test_top_weights_keep_the_largest_and_add_up():
     ("change", "message"), [({"experts": ("en", "fr")}, "No expert answers for de"), ({"top": 4}, "keeps 1 to all")]
 )
 def test_an_ensemble_that_cannot_be_is_refused_in_one_sentence(ple, router, tokenizer, documents, change, message):
-    experts = {g: expert_functions(ple)[g] for g in change.pop("experts", LANGUAGES)}
+    experts = {g: expert_scorers(ple)[g] for g in change.pop("experts", LANGUAGES)}
     with pytest.raises(MomeError, match=message) as error:
         score_ensembles(experts, router, tokenizer, documents, block_size=BLOCK, stride=STRIDE, **change)
     assert "\n" not in str(error.value)
