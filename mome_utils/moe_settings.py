@@ -28,7 +28,9 @@ from mome_utils.moe import MomeForCausalLM
 from mome_utils.moe_config import COMMON, MomeConfig
 from mome_utils.routing import TokenRouter
 
-__all__ = ["Setting", "pair_partner", "score_settings", "setting_logits", "settings"]
+__all__ = [
+    "Setting", "pair_partner", "score_settings", "setting_logits", "setting_parameters", "setting_weights", "settings",
+]
 
 #: Targets whose logits are held at once: small enough for a processor's cache.
 CHUNK = 64
@@ -126,6 +128,38 @@ def setting_logits(
     return torch.stack(mixed)[routes, torch.arange(len(routes), device=routes.device)]
 
 
+def setting_weights(languages: Sequence[str], setting: Setting, routes: Tensor) -> Tensor:
+    """A setting as weights of the experts, so that the model itself answers in it: ``model(ids, expert_weights=…)``.
+
+    Args:
+        languages: the model's, in its order.
+        setting: what to combine.
+        routes: for a routed setting, the index into ``setting.experts`` of each sequence, [B]; else only B counts.
+
+    Returns:
+        [B, experts + 1] float32, the common expert last; each row adds up to 1.
+    """
+    columns = {name: i for i, name in enumerate((*languages, COMMON))}
+    table = torch.zeros(len(setting.mixtures), len(columns))
+    for row, group in zip(table, setting.mixtures, strict=True):
+        row[[columns[name] for name in group]] = 1 / len(group)
+    return table[routes if setting.routed else torch.zeros(len(routes), dtype=torch.long)]
+
+
+def setting_parameters(model: MomeForCausalLM, setting: Setting) -> dict[str, int]:
+    """Parameters that a setting needs: ``total`` in memory, and ``active`` for one sequence.
+
+    Experts that it never asks count in neither. The router's table is left out: it holds counts, and no setting's
+    answer is computed with it.
+    """
+    routed = sum(p.numel() for p in model.experts.parameters())
+    common = sum(p.numel() for p in model.common.parameters()) if model.common is not None else 0
+    shared = sum(p.numel() for p in model.parameters()) - routed - common
+    fixed, one = shared + common * setting.common, routed // len(model.experts)
+    asked = 1 if setting.routed else len(setting.experts)
+    return {"total": fixed + one * len(setting.experts), "active": fixed + one * asked}
+
+
 @torch.inference_mode()
 def score_settings(
     model: MomeForCausalLM,
@@ -170,7 +204,7 @@ def score_settings(
     groups = tuple(dict.fromkeys(chain.from_iterable(setting.mixtures for setting in chosen)))
     for batch in window_batches(tokenizer, documents, block_size, stride, batch_size):
         logprobs = _group_logprobs(model, batch, groups)
-        scores = router(batch.ids.to(model.device), _mask(batch).to(model.device)).cpu()
+        scores = router(batch.ids.to(model.device), batch.mask.to(model.device)).cpu()
         np.add.at(tokens, batch.target_owners.numpy(), 1)
         for setting in chosen:
             stacked = torch.stack([logprobs[group] for group in setting.mixtures])
@@ -199,13 +233,6 @@ def _checked_router(model: MomeForCausalLM, router: TokenRouter | None) -> Token
             "fit the router again for the experts' languages, in their order."
         )
     return router.to(model.device)
-
-
-def _mask(batch: WindowBatch) -> Tensor:
-    """[B, T] true where a window has tokens; its last token is its last target."""
-    ends = torch.zeros(len(batch.ids), dtype=torch.long)
-    ends.scatter_reduce_(0, batch.rows, batch.columns + 2, "amax")
-    return torch.arange(batch.ids.shape[1]) < ends[:, None]
 
 
 def _group_logprobs(

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from mome_utils.study import Study
 
 __all__ = [
-    "CORE_ARMS", "EXTENDED_ARMS", "arm_names", "groups_spec", "held_out_groups", "moe_spec",
-    "multilingual_student_spec", "objective", "rate_spec", "sequential_spec", "small_student_spec", "stage_ends",
-    "student_spec", "teacher_spec",
+    "CORE_ARMS", "EXTENDED_ARMS", "arm_names", "dense_spec", "expert_groups", "gpt2_parameters", "group_expert_spec",
+    "groups_spec", "held_out_groups", "matched_shape", "moe_spec", "multilingual_student_spec", "objective",
+    "rate_spec", "sequential_spec", "small_student_spec", "stage_ends", "student_spec", "teacher_spec",
 ]
 
 #: Distillation arms of notebook 03; plain cross-entropy has no teacher. "As released" is the whole of the release's
@@ -183,14 +183,104 @@ def groups_spec(study: Study, language: str, arm: str, seed: int) -> TrainSpec:
     return replace(spec, steps=steps, groups=kept, snapshots=())
 
 
-def moe_spec(study: Study, variant: str, seed: int, arm: str = "fixed") -> TrainSpec:
-    """JEET or MoE-CE: experts trained together, one language a batch, as many batches each as a student has."""
+def moe_spec(study: Study, variant: str, seed: int, arm: str = "fixed", *, mixed: bool = False) -> TrainSpec:
+    """JEET or MoE-CE: experts trained together, on as many sequences of each language as a student has.
+
+    As published, each batch is of one language, and an expert has as many batches as a student. ``mixed`` gives every
+    batch the same number of sequences of each language instead, each sent to its expert: the same steps and tokens,
+    so an expert learns in every step, from a share of the batch. The profile's batch is rounded up for that, and the
+    steps become fewer, where the languages do not divide it.
+    """
     profile = study.profile
     alone = student_spec(study, study.languages[0], arm, seed)
+    steps, batch = alone.steps * len(study.languages), alone.batch_size
+    if mixed:
+        sequences, batch = steps * batch, _batch(study, batch)
+        steps = _steps(sequences, batch, profile.evaluations)
     return _spec(
         study, _model(study, profile.expert, variant, study.languages), study.languages, seed,
-        sampler="one_language", batch_size=alone.batch_size, steps=alone.steps * len(study.languages),
+        sampler="balanced" if mixed else "one_language", batch_size=batch, steps=steps,
         learning_rate=profile.student_lr, objective=alone.objective, teacher=alone.teacher,
+    )
+
+
+def expert_groups(languages: Sequence[str], count: int) -> tuple[tuple[str, ...], ...]:
+    """The languages in ``count`` groups of neighbours in their order, as equal in number as can be.
+
+    Raises:
+        MomeError: fewer groups than one, or more than languages.
+
+    Example:
+        >>> expert_groups(("en", "fr", "de", "py"), 2)
+        (('en', 'fr'), ('de', 'py'))
+    """
+    if not 1 <= count <= len(languages):
+        raise MomeError(f"{len(languages)} languages make 1 to {len(languages)} groups of experts, not {count}.")
+    ends = [round(len(languages) * i / count) for i in range(count + 1)]
+    return tuple(tuple(languages[a:b]) for a, b in zip(ends, ends[1:], strict=False))
+
+
+def gpt2_parameters(shape: Shape, vocab_size: int, block_size: int) -> int:
+    """Parameters of a GPT-2 with a tied output projection, without building it."""
+    width = shape.width
+    blocks = shape.layers * (12 * width**2 + 13 * width)  # attention 4, feed-forward 8; their biases 9, layer norms 4
+    return (vocab_size + block_size + 2) * width + blocks  # embeddings, and the final layer norm
+
+
+def matched_shape(study: Study, experts: int) -> Shape:
+    """Shape of each of ``experts`` models that together have as many parameters as one student per language.
+
+    The rule: the student's depth, and the width (a multiple of 4) that comes nearest; the number of heads is the
+    divisor of the width that comes nearest to the student's width per head. Depth stays because the layers follow one
+    another: so a token passes as many of them in every model that is compared.
+    """
+    profile, vocabulary = study.profile, len(study.data().tokenizer)
+    if experts == len(study.languages):
+        return profile.student
+    layers, per_head = profile.student.layers, profile.student.width // profile.student.heads
+    target = len(study.languages) * gpt2_parameters(profile.student, vocabulary, profile.block_size) / experts
+
+    def distance(width: int) -> float:
+        return abs(gpt2_parameters(Shape(layers, width, 1), vocabulary, profile.block_size) - target)
+
+    widest = 4 + profile.student.width * len(study.languages)  # parameters grow at least as fast as the width
+    width = min(range(4, widest + 4, 4), key=distance)
+    heads = min((h for h in range(1, width + 1) if width % h == 0), key=lambda h: abs(width / h - per_head))
+    return Shape(layers, width, heads)
+
+
+def group_expert_spec(
+    study: Study, languages: Sequence[str], seed: int, arm: str = "fixed", *, experts: int
+) -> TrainSpec:
+    """The expert of a group of languages, one of ``experts`` that are together as large as one student per language.
+
+    For quality against the number of experts at a fixed total size. Each language is seen as often as by its
+    student, in balanced batches; with one language a group this is :func:`student_spec`.
+    """
+    if len(languages) == 1 and experts == len(study.languages):
+        return student_spec(study, languages[0], arm, seed)
+    return _dense(study, languages, matched_shape(study, experts), seed, arm)
+
+
+def dense_spec(study: Study, seed: int, arm: str = "fixed", *, total: bool) -> TrainSpec:
+    """One model of all languages, as large as all PLE experts (``total``) or as the one that answers.
+
+    The fair rivals of a mixture: the same teacher, loss, sequences and steps, and no routing. Where students make as
+    many passes as the teacher, the smaller is the very run of :func:`multilingual_student_spec`.
+    """
+    shape = matched_shape(study, 1) if total else study.profile.student
+    return _dense(study, study.languages, shape, seed, arm)
+
+
+def _dense(study: Study, languages: Sequence[str], shape: Shape, seed: int, arm: str) -> TrainSpec:
+    """A GPT-2 of some languages, balanced, that makes as many passes over their blocks as a student."""
+    profile, goal = study.profile, objective(study, arm)
+    batch = math.ceil(profile.student_batch / len(languages)) * len(languages)
+    sequences = profile.student_epochs * _blocks(study) * len(languages)
+    return _spec(
+        study, _model(study, shape), languages, seed, sampler="balanced", batch_size=batch,
+        steps=_steps(sequences, batch, profile.evaluations), learning_rate=profile.student_lr, objective=goal,
+        teacher=None if goal is None else run_key(teacher_spec(study, seed)),
     )
 
 
