@@ -1,4 +1,4 @@
-"""The command line: ``mome study``, ``mome status``, ``mome dataset``, ``mome publish``, ``mome bench``.
+"""The command line: ``mome study``, ``status``, ``dataset``, ``export``, ``publish``, ``bench``.
 
 Heavy libraries are imported by the command that needs them, so that help and complaints come at once.
 """
@@ -80,6 +80,26 @@ def _dataset(options: argparse.Namespace) -> int:
     reached = max(value for split, value in manifest["difference_percent"].items() if split != "asked")
     codes = ", ".join(corpus.languages)
     print(f"The data set is in {options.out}: {codes}, at most {reached:.1f} % apart in tokens.")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    import transformers
+
+    from mome_utils.export import export_mixture
+    from mome_utils.study import Study
+
+    transformers.utils.logging.disable_progress_bar()
+
+    request = _request(options)
+    study = Study.open(
+        "export", profile=request.profile, corpus=request.corpus, languages=request.languages, seeds=request.seeds,
+        overrides=request.overrides, quiet=True,
+    )
+    model = export_mixture(study, options.variant, options.seed, options.out)
+    sizes = model.parameter_counts()
+    print(f"The mixture is in {options.out}: experts {', '.join(model.languages)}, {sizes['total']:,} parameters, "
+          f"{sizes['active']:,} of them active for one text.")
     return 0
 
 
@@ -165,6 +185,13 @@ def parser() -> argparse.ArgumentParser:
     dataset.add_argument("--seed", type=int, default=0, help="seed of splits and choices (default: 0)")
     dataset.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
     dataset.set_defaults(command=_dataset)
+
+    export = commands.add_parser("export", help="write a trained mixture, its router and tokenizer to a folder")
+    export.add_argument("variant", metavar="VARIANT", help="ple, jeet or moe_ce")
+    export.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the runs (default: %(default)d)")
+    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
+    _common(export)
+    export.set_defaults(command=_export)
 
     publish = commands.add_parser("publish", help="copy the finished laptop run to its tracked places")
     _arms(publish)
