@@ -289,7 +289,7 @@ def test_setting_logits_equal_the_forward_pass(model, mixed):
 
 
 @examples(max_examples=20, deadline=None)
-@given(scale=st.floats(0.1, 60.0), seed=st.integers(0, 1000))
+@given(scale=st.floats(0.1, 15.0), seed=st.integers(0, 1000))  # best tokens less than 150 nats deep
 def test_normalizers_of_groups_are_those_of_double_precision(scale, seed):
     logits = scale * torch.randn(5, 4, 30, generator=torch.Generator().manual_seed(seed))
     groups = [[0], [3], [0, 2], [2, 3], [0, 1, 2, 3]]
