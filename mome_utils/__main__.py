@@ -91,11 +91,7 @@ def _export(options: argparse.Namespace) -> int:
 
     transformers.utils.logging.disable_progress_bar()
 
-    request = _request(options)
-    study = Study.open(
-        "export", profile=request.profile, corpus=request.corpus, languages=request.languages, seeds=request.seeds,
-        overrides=request.overrides, quiet=True,
-    )
+    study = Study.open("export", **_request(options).parameters(), quiet=True)
     model = export_mixture(study, options.variant, options.seed, options.out)
     sizes = model.parameter_counts()
     print(f"The mixture is in {options.out}: experts {', '.join(model.languages)}, {sizes['total']:,} parameters, "

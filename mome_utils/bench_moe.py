@@ -15,16 +15,20 @@ from transformers import GPT2LMHeadModel
 
 from mome_utils.bench import Alternation, alternate, one_thread
 from mome_utils.config import MomeError, Shape
+from mome_utils.memory import keep_freed_memory
 from mome_utils.models import build_gpt2
 from mome_utils.moe import Expert, MomeForCausalLM, build_mome
 from mome_utils.moe_config import VARIANTS
 from mome_utils.router_fit import fit_router
 
-__all__ = ["SIZES", "moe"]
+__all__ = ["PLAIN", "SIZES", "moe"]
+
+#: The variant without experts, whose large batch is compared with its small ones.
+PLAIN = "none"
 
 LANGUAGES = ("en", "fr", "de", "py")
 #: Shape, vocabulary and block of the laptop study, and a larger one.
-SIZES = ((Shape(2, 96, 2), 2048, 128), (Shape(6, 256, 4), 4096, 128))
+SIZES = ((Shape(2, 96, 2), 2048, 128), (Shape(4, 192, 4), 4096, 128))
 BOS, EOS = 1, 2
 
 
@@ -35,7 +39,7 @@ def moe(
     sizes: Sequence[tuple[Shape, int, int]] = SIZES,
     sequences: int = 64,
     new_tokens: int = 48,
-    variants: Sequence[str] = VARIANTS,
+    variants: Sequence[str] = (PLAIN, *VARIANTS),
     least_seconds: float = 0.2,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
@@ -45,8 +49,10 @@ def moe(
     mixed sequences, against the same sequences as one batch per language; and ``token``: greedy generation from one
     prompt, against a plain GPT-2 of equal active size: the expert alone, or for MoE-CE, where the common expert
     answers too, one with as many blocks as both. MoE-CE has one work more, ``token, one expert``: the same text
-    against its routed expert alone, which is half of what computes. Each is routed by the model's own router. One
-    thread; what is counted is the time that the process computes.
+    against its routed expert alone, which is half of what computes. Each is routed by the model's own router.
+    The variant ``none`` is a plain GPT-2, whose batch of all sequences is compared with the same four batches: what
+    the size of a batch costs without any routing. One thread; what is counted is the time that the process computes,
+    with memory that it keeps (:func:`~mome_utils.memory.keep_freed_memory`), as the study's own runs do.
 
     Args:
         root: not needed; every benchmark takes it.
@@ -68,20 +74,25 @@ def moe(
     if sequences < 1 or sequences % len(LANGUAGES):
         raise MomeError(f"The batch needs a multiple of {len(LANGUAGES)} sequences, not {sequences}.")
     timed = partial(alternate, rounds=rounds, least_seconds=least_seconds, clock=time.process_time)
+    keep_freed_memory()
     rows = []
     for shape, vocabulary, block in sizes:
         texts = _texts(vocabulary, block, sequences // len(LANGUAGES), seed)
         order = torch.randperm(sequences, generator=torch.Generator().manual_seed(seed))
         for variant in variants:
-            model = _model(variant, shape, vocabulary, block, texts, seed)
+            model: Any = (
+                build_gpt2(shape, vocab_size=vocabulary, block_size=block, seed=seed, bos=BOS, eos=EOS).eval()
+                if variant == PLAIN else _mixture(variant, shape, vocabulary, block, texts, seed)
+            )
             with one_thread():
                 works = {
                     "forward": _forward(model, texts, order, timed),
                     "training": _training(model, texts, order, timed),
                 }
                 prompt = texts[0][:1, : block - new_tokens]
-                works["token"] = _token(model, _alone(model, shape, seed), prompt, new_tokens, timed)
-                if model.common is not None:
+                if variant != PLAIN:
+                    works["token"] = _token(model, _alone(model, shape, seed), prompt, new_tokens, timed)
+                if variant != PLAIN and model.common is not None:
                     one = _alone(model, shape, seed, common=False)
                     works["token, one expert"] = _token(model, one, prompt, new_tokens, timed)
             for work, (times, difference, count) in works.items():
@@ -111,7 +122,7 @@ def _texts(vocabulary: int, block: int, each: int, seed: int) -> list[Tensor]:
     return texts
 
 
-def _model(
+def _mixture(
     variant: str, shape: Shape, vocabulary: int, block: int, texts: Sequence[Tensor], seed: int
 ) -> MomeForCausalLM:
     model = build_mome(
@@ -125,7 +136,7 @@ def _model(
 
 
 @torch.no_grad()
-def _forward(model: MomeForCausalLM, texts: Sequence[Tensor], order: Tensor, timed: _Timed) -> _Work:
+def _forward(model: Any, texts: Sequence[Tensor], order: Tensor, timed: _Timed) -> _Work:
     """Logits of the mixed batch, against those of the one-language batches."""
     mixed = torch.cat(list(texts))[order]
     apart = torch.cat([model(part).logits for part in texts])[order]
@@ -133,20 +144,25 @@ def _forward(model: MomeForCausalLM, texts: Sequence[Tensor], order: Tensor, tim
     return timed(lambda: model(mixed), lambda: [model(part) for part in texts]), difference, 1
 
 
-def _training(model: MomeForCausalLM, texts: Sequence[Tensor], order: Tensor, timed: _Timed) -> _Work:
+def _training(model: Any, texts: Sequence[Tensor], order: Tensor, timed: _Timed) -> _Work:
     """Gradients of the mixed batch's loss, against those of the one-language batches', added up."""
     mixed = torch.cat(list(texts))[order]
-    routes = torch.arange(len(texts)).repeat_interleave(len(texts[0]))[order]
+    languages = torch.arange(len(texts)).repeat_interleave(len(texts[0]))[order]
+    routed = isinstance(model, MomeForCausalLM)
+
+    def loss(ids: Tensor, routes: Tensor) -> Tensor:
+        options = {"routes": routes} if routed else {}
+        found: Tensor = model(ids, labels=ids, **options).loss
+        return found
 
     def together() -> None:
         model.zero_grad()
-        model(mixed, routes=routes, labels=mixed).loss.backward()
+        loss(mixed, languages).backward()
 
     def apart() -> None:
         model.zero_grad()
         for place, part in enumerate(texts):
-            loss = model(part, routes=torch.full((len(part),), place), labels=part).loss / len(texts)
-            loss.backward()
+            (loss(part, torch.full((len(part),), place)) / len(texts)).backward()
 
     def gradients() -> Tensor:
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])

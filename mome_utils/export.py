@@ -10,7 +10,7 @@ from mome_utils.config import MomeError
 from mome_utils.moe import MomeForCausalLM
 from mome_utils.moe_config import VARIANTS
 from mome_utils.recipes import moe_spec, student_spec
-from mome_utils.runs import STAGE, run_key, train_or_load
+from mome_utils.runs import STAGE, Run, run_key
 from mome_utils.study import Study
 from mome_utils.training import TrainSpec
 
@@ -30,7 +30,8 @@ def export_mixture(study: Study, variant: str, seed: int, out: Path) -> MomeForC
         The mixture, in evaluation mode.
 
     Raises:
-        MomeError: an unknown variant or seed, a folder that holds something, or runs that are not there yet.
+        MomeError: an unknown variant or seed, a folder that holds something, or runs that are not there yet, or
+            damaged; the sentence names the notebook that trains them.
     """
     if variant not in VARIANTS:
         raise MomeError(f"There is no MoE variant '{variant}': choose one of {', '.join(VARIANTS)}.")
@@ -41,10 +42,11 @@ def export_mixture(study: Study, variant: str, seed: int, out: Path) -> MomeForC
     model: MomeForCausalLM
     if variant == "ple":
         model = MomeForCausalLM.from_experts({
-            language: _model(study, student_spec(study, language, "fixed", seed)) for language in study.languages
+            language: _model(study, student_spec(study, language, "fixed", seed), "03_kd_alpha_comparison")
+            for language in study.languages
         })
     else:
-        model = _model(study, moe_spec(study, variant, seed))
+        model = _model(study, moe_spec(study, variant, seed), "05_moe_variants")
     model.set_router(study.router())
     with write_folder_atomic(out) as folder:
         model.save_pretrained(folder)
@@ -54,10 +56,6 @@ def export_mixture(study: Study, variant: str, seed: int, out: Path) -> MomeForC
     return model
 
 
-def _model(study: Study, spec: TrainSpec) -> Any:
-    if not study.store.has(STAGE, run_key(spec)):
-        raise MomeError(
-            f"The {study.profile.name} study has not trained this mixture yet: run mome study --profile "
-            f"{study.profile.name} first."
-        )
-    return train_or_load(spec, study.store, study.data()).model()
+def _model(study: Study, spec: TrainSpec, notebook: str) -> Any:
+    key = run_key(spec)
+    return Run(spec, key, study.store.require(STAGE, key, notebook=notebook)).model()

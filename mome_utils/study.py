@@ -17,6 +17,7 @@ from mome_utils.artifacts import Store, digest, file_digest, source_digest, writ
 from mome_utils.config import MomeError, Profile, load_profile
 from mome_utils.corpus import Corpus, load_corpus
 from mome_utils.display import SweepProgress, markdown_table
+from mome_utils.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -105,6 +106,7 @@ class Study:
             chosen = dataclasses.replace(chosen, seeds=seeds)
         documents = load_corpus(corpus, list(languages) or None, topics=chosen.topics, root=project_root())
         study = cls(notebook, chosen, documents, tuple(range(chosen.seeds)), Store(study_folder(profile, corpus)))
+        keep_freed_memory()  # a training step takes and frees the same large blocks over and over
         if not quiet:
             study._introduce()
         return study

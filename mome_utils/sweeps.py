@@ -18,6 +18,7 @@ import pandas as pd
 from mome_utils.artifacts import Store
 from mome_utils.dataset import StudyData
 from mome_utils.evaluation import score_documents
+from mome_utils.memory import keep_freed_memory
 from mome_utils.runs import STAGE, Run, cache_teacher, run_key, torch_threads, train_or_load
 from mome_utils.training import TrainSpec
 
@@ -72,15 +73,21 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
+def _settle() -> None:
+    """Each worker is a process of its own, started anew."""
+    quiet()
+    keep_freed_memory()
+
+
 def train_job(spec: TrainSpec, root: Path, data_folder: Path) -> str:
     """One run of a sweep, in whatever process it lands; returns the run's key."""
-    quiet()
+    _settle()
     return train_or_load(spec, Store(root), StudyData.load(data_folder)).key
 
 
 def cache_job(spec: TrainSpec, language: str, root: Path, data_folder: Path) -> float:
     """Cache one finished teacher's states for one language; returns the seconds it took."""
-    quiet()
+    _settle()
     store, key = Store(root), run_key(spec)
     started = time.monotonic()
     cache_teacher(store, StudyData.load(data_folder), Run(spec, key, store.path(STAGE, key)), language)
@@ -92,7 +99,7 @@ def score_job(
     data_folder: Path,
 ) -> pd.DataFrame:
     """Documents of a split scored by one finished run's model: ``language, document, nats, bytes, tokens``."""
-    quiet()
+    _settle()
     data = StudyData.load(data_folder)
     with torch_threads(spec.threads):
         model = Run(spec, folder.name, folder).model(step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -76,3 +77,16 @@ def test_nothing_is_written_over(
     assert main(["export", "jeet", "--profile", "smoke", "--out", str(tmp_path)]) == 2
     assert "already holds something" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["kept.txt"]
+
+
+@pytest.mark.parametrize(("variant", "notebook"), [("ple", "03_kd_alpha_comparison"), ("jeet", "05_moe_variants")])
+def test_what_is_not_trained_is_named_and_not_trained(
+    variant: str, notebook: str, smoke_store: SmokeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    store = tmp_path / "artifacts" / "smoke"
+    shutil.copytree(smoke_store.folder / "dataset", store / "dataset")
+    monkeypatch.setenv("MOME_ARTIFACTS", str(tmp_path / "artifacts"))
+    assert main(["export", variant, "--profile", "smoke", "--out", str(tmp_path / "mixture")]) == 2
+    assert capsys.readouterr().err.endswith(f"run notebooks/{notebook}.ipynb first.\n")
+    assert not (tmp_path / "mixture").exists() and not (store / "runs").exists()
