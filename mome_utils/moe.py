@@ -17,29 +17,83 @@ The published code routes a whole batch at once, from all its ids together. Here
 sequences are grouped by expert, each expert runs once on its group, and the results return to their places.
 An expert that no sequence was sent to takes no part in the graph, so its gradients stay ``None`` and an
 optimizer leaves it alone.
+
+Here is all that training computes. What else a model can do lies beside: decide at inference (`moe_inference`),
+generate (`moe_generation`), travel as one file per expert (`moe_shards`), gain and lose experts (`moe_growth`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from copy import deepcopy
-from typing import Any, cast
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Self, cast
 
 import torch
 from torch import LongTensor, Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, GPT2Config, GPT2LMHeadModel
+from transformers import GenerationMixin, GPT2Config, GPT2LMHeadModel
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block, GPT2PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from mome_utils.config import MomeError, Shape
 from mome_utils.models import gpt2_config, scale_projection
-from mome_utils.moe_config import COMMON, VARIANTS, MomeCache, MomeConfig
-from mome_utils.routing import TokenRouter
+from mome_utils.moe_cache import MomeCache
+from mome_utils.moe_config import COMMON, VARIANTS, MomeConfig
+from mome_utils.moe_generation import Generation
+from mome_utils.moe_growth import Growth
+from mome_utils.moe_inference import Absent
+from mome_utils.moe_shards import Shards
+from mome_utils.routing import ABSTAIN, TokenRouter
 
-__all__ = ["COMMON", "VARIANTS", "MomeCache", "MomeConfig", "MomeForCausalLM", "build_mome"]
+__all__ = ["COMMON", "VARIANTS", "Dispatch", "Expert", "MomeCache", "MomeConfig", "MomeForCausalLM", "build_mome"]
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """Which rows of a batch each expert reads, and what its answers weigh.
+
+    Attributes:
+        groups: experts in use, each with its rows [n] in ascending order.
+        weights: of every expert and, last, the common one, for each row, [B, E + 1].
+        plain: each row has one expert and no weight but 1, or ½ beside the common expert's ½ in all rows.
+    """
+
+    groups: tuple[tuple[int, Tensor], ...]
+    weights: Tensor
+    plain: bool
+
+    @cached_property
+    def common(self) -> bool:
+        """Whether the common expert takes part."""
+        return bool(self.weights[:, -1].any())
+
+    @classmethod
+    def of_routes(cls, routes: LongTensor, experts: int, common: bool) -> Self:
+        """One of ``experts`` for each row [B], averaged with the common one or not."""
+        order = torch.argsort(routes, stable=True)
+        counts = torch.bincount(routes, minlength=experts).tolist()
+        groups = [(index, rows) for index, rows in enumerate(torch.split(order, counts)) if len(rows)]
+        weights = nn.functional.one_hot(routes, experts + 1).float()
+        if common:
+            weights = (weights + nn.functional.one_hot(torch.tensor(experts, device=routes.device))) / 2
+        return cls(tuple(groups), weights, True)
+
+    @classmethod
+    def of_weights(cls, weights: Tensor) -> Self:
+        """Any mixture, [B, E + 1]."""
+        used = weights[:, :-1] > 0
+        groups = tuple((e, used[:, e].nonzero().flatten()) for e in used.any(0).nonzero().flatten().tolist())
+        largest, common = weights[:, :-1].amax(1), weights[:, -1]
+        same = bool(((largest == 1) & (common == 0)).all() or ((largest == 0.5) & (common == 0.5)).all())
+        return cls(groups, weights, same)
+
+    def select(self, rows: Tensor) -> Self:
+        """The dispatch of these rows, in this order."""
+        return self.of_weights(self.weights[rows])
 
 
 class Expert(nn.Module):
@@ -64,7 +118,7 @@ class Expert(nn.Module):
         return cast(Tensor, self.ln_f(hidden))
 
 
-class MomeForCausalLM(GPT2PreTrainedModel, GenerationMixin):
+class MomeForCausalLM(Shards, Growth, Generation, GPT2PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """A language model of one expert per language behind a token router (and a common expert in MoE-CE).
 
     Example:
@@ -82,91 +136,25 @@ class MomeForCausalLM(GPT2PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: MomeConfig) -> None:
         super().__init__(config)
+        config.check()
         gpt2 = config.gpt2
         gpt2._attn_implementation = self.config._attn_implementation
         self.router = TokenRouter(gpt2.vocab_size, tuple(config.languages))
         self.common: Expert | None = None
-        if config.variant == "ple":
-            self.experts = nn.ModuleList(GPT2LMHeadModel(gpt2) for _ in config.languages)
-        else:
+        make: Any = GPT2LMHeadModel if config.variant == "ple" else Expert
+        if config.variant != "ple":
             self.wte = nn.Embedding(gpt2.vocab_size, gpt2.n_embd)
             self.wpe = nn.Embedding(gpt2.n_positions, gpt2.n_embd)
-            self.experts = nn.ModuleList(Expert(gpt2) for _ in config.languages)
+        self.experts = nn.ModuleList(make(gpt2) if name in config.active else Absent() for name in config.languages)
+        if config.variant != "ple":
             if config.variant == "moe_ce":
                 self.common = Expert(gpt2)
             self.lm_head = nn.Linear(gpt2.n_embd, gpt2.vocab_size, bias=False)
+            if config.tie_word_embeddings:
+                self._tied_weights_keys = {"lm_head.weight": "wte.weight"}
         self.post_init()
         # transformers looks for tied weights in direct children only; PLE's tied heads lie one level below.
         self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
-
-    @property
-    def languages(self) -> tuple[str, ...]:
-        """Names of the experts, in the order of their routes."""
-        return tuple(self.config.languages)
-
-    @classmethod
-    def from_experts(
-        cls, experts: Mapping[str, GPT2LMHeadModel], router: TokenRouter | None = None
-    ) -> MomeForCausalLM:
-        """Assemble PLE from one finished GPT-2 per language; the weights are copied.
-
-        Raises:
-            MomeError: experts of different shape or vocabulary, or a router of other languages.
-        """
-        if not experts:
-            raise MomeError("A mixture needs at least two experts, and none was given.")
-        shapes = {name: _function_of(model.config) for name, model in experts.items()}
-        for name, shape in shapes.items():
-            first = next(iter(shapes))
-            if shape != shapes[first]:
-                raise MomeError(
-                    f"The experts '{first}' and '{name}' differ in shape or vocabulary: "
-                    "train all experts with one shape and one tokenizer."
-                )
-        gpt2 = next(iter(experts.values())).config
-        model = cls(
-            MomeConfig(
-                variant="ple", languages=list(experts), expert=deepcopy(gpt2), bos_token_id=gpt2.bos_token_id,
-                eos_token_id=gpt2.eos_token_id, pad_token_id=gpt2.pad_token_id,
-            )
-        )
-        for own, (_, student) in zip(model.experts, experts.items(), strict=True):
-            own.load_state_dict(student.state_dict())
-        if router is not None:
-            model.set_router(router)
-        return model.train(next(iter(experts.values())).training)
-
-    def set_router(self, router: TokenRouter) -> None:
-        """Copy a fitted router into the model, which then saves and loads it.
-
-        Raises:
-            MomeError: the router was fitted for other languages, another order, or another vocabulary.
-        """
-        if tuple(router.languages) != self.languages:
-            raise MomeError(
-                f"The router knows {', '.join(router.languages)} but the experts are "
-                f"{', '.join(self.languages)}: "
-                "fit the router again for the experts' languages, in their order."
-            )
-        state, own = router.state_dict(), self.router.state_dict()
-        if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
-            raise MomeError(
-                f"The router was not fitted on the experts' vocabulary of {self.config.vocab_size} tokens: "
-                "fit it again with the experts' tokenizer."
-            )
-        self.router.load_state_dict(state)
-        self.config.router_fitted = True
-
-    @torch.no_grad()
-    def route(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> LongTensor:
-        """Expert index of each sequence, [B], as the router sees its tokens [B, T].
-
-        Raises:
-            MomeError: the model has no fitted router.
-        """
-        if not self.config.router_fitted:
-            raise MomeError("This model has no fitted router: call set_router first, or pass routes=.")
-        return cast(LongTensor, self.router(input_ids, attention_mask).argmax(-1))
 
     def embed(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """Shared token and position embeddings, [B, T, D] (JEET and MoE-CE)."""
@@ -191,10 +179,11 @@ class MomeForCausalLM(GPT2PreTrainedModel, GenerationMixin):
         return cast(Tensor, self._expert(name)(self.embed(input_ids, positions), attention_mask))
 
     def parameter_counts(self) -> dict[str, int]:
-        """``total`` parameters, and those ``active`` for one sequence: the shared ones and one expert's."""
+        """``total`` parameters in memory, and those ``active`` for one sequence: the shared ones and one expert's."""
         total = sum(p.numel() for p in self.parameters())
         routed = sum(p.numel() for p in self.experts.parameters())
-        return {"total": total, "active": total - routed + routed // len(self.experts)}
+        there = sum(not isinstance(expert, Absent) for expert in self.experts)
+        return {"total": total, "active": total - routed + routed // there}
 
     @can_return_tuple
     def forward(
@@ -204,6 +193,7 @@ class MomeForCausalLM(GPT2PreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         routes: Tensor | None = None,
+        expert_weights: Tensor | None = None,
         use_common: bool = True,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -217,23 +207,24 @@ class MomeForCausalLM(GPT2PreTrainedModel, GenerationMixin):
             attention_mask: 1 for tokens, 0 for padding, [B, T seen so far]; padding may be on either side.
             position_ids: places of the tokens in their sequences, [B, T]; by default counted over the mask.
             past_key_values: cache that an earlier call returned.
-            routes: expert index of each sequence, [B]; by default the cache's, or else the router's choice.
+            routes: expert index of each sequence, [B], -1 for the fallback; by default the router's choice.
+            expert_weights: instead of routes, the weight of each expert and of the common one, [B, E + 1].
             use_common: MoE-CE's average with the common expert; False leaves it out.
             labels: tokens, [B, T], shifted inside, -100 where no loss is wanted.
             use_cache: return a cache for the next call.
             logits_to_keep: number of last positions to project; 0 projects all.
 
         Raises:
-            MomeError: no routes and no fitted router, a route outside the experts, or too long a context.
+            MomeError: no routes and no fitted router, a route outside the active experts, or too long a context.
+
+        With ``past_key_values`` the sequences stay with the cache's experts, whatever else is given.
         """
         cache = cast(MomeCache | None, past_key_values)
-        if cache is not None:
-            routes = cache.routes
-        elif routes is None:
-            routes = self.route(input_ids, attention_mask)
-        routes = cast(LongTensor, routes.to(input_ids.device))
-        if use_cache and cache is None:
-            cache = MomeCache(routes, len(self.experts))
+        if cache is None:
+            dispatch = self._dispatch(input_ids, attention_mask, routes, expert_weights, use_common)
+            cache = MomeCache(dispatch, len(self.experts)) if use_cache else None
+        else:
+            dispatch = cast(Dispatch, cache.dispatch)
 
         length = input_ids.shape[1] + (cache.get_seq_length() if cache is not None else 0)
         if length > self.config.max_position_embeddings:
@@ -250,9 +241,8 @@ class MomeForCausalLM(GPT2PreTrainedModel, GenerationMixin):
 
         kept = slice(-logits_to_keep, None) if logits_to_keep else slice(None)
         embeds = None if self.config.variant == "ple" else self.embed(input_ids, position_ids)
-        groups = _groups(routes, len(self.experts))
         pieces = []
-        for index, rows in groups:
+        for index, rows in dispatch.groups:
             mask = None if attention_mask is None else _rows(attention_mask, rows)
             own = None if cache is None else cache.by_expert[index]
             if embeds is None:
@@ -262,14 +252,11 @@ class MomeForCausalLM(GPT2PreTrainedModel, GenerationMixin):
                 pieces.append(expert.lm_head(hidden[:, kept]))
             else:
                 pieces.append(self.experts[index](_rows(embeds, rows), mask, own)[:, kept])
-        merged = _merge(pieces, groups)
-        if embeds is None:
-            logits = merged
-        else:
-            if self.common is not None and use_common:
-                shared = self.common(embeds, attention_mask, None if cache is None else cache.common)
-                merged = (merged + shared[:, kept]) / 2
-            logits = self.lm_head(merged)
+        shared = None
+        if embeds is not None and self.common is not None and dispatch.common:
+            shared = self.common(embeds, attention_mask, None if cache is None else cache.common)[:, kept]
+        merged = _combine(pieces, shared, dispatch)
+        logits = merged if embeds is None else self.lm_head(merged)
 
         loss = None
         if labels is not None:
@@ -279,20 +266,20 @@ class MomeForCausalLM(GPT2PreTrainedModel, GenerationMixin):
             )
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
 
-    @torch.no_grad()
-    def generate(
-        self, inputs: Tensor | None = None, *args: Any, routes: Tensor | None = None, **kwargs: Any
-    ) -> Any:
-        """`GenerationMixin.generate`, with one expert per prompt: routed on the prompt and kept from there.
-
-        Args:
-            inputs: prompts, [B, T], padded on the left (with an ``attention_mask``) where lengths differ.
-            routes: expert index of each prompt, [B]; by default the router's choice.
-        """
-        prompt = inputs if inputs is not None else kwargs.get("input_ids")
-        if routes is None and prompt is not None:
-            routes = self.route(prompt, kwargs.get("attention_mask"))
-        return super().generate(inputs, *args, routes=routes, **kwargs)  # type: ignore[misc]
+    def _dispatch(
+        self, input_ids: Tensor, attention_mask: Tensor | None, routes: Tensor | None,
+        expert_weights: Tensor | None, use_common: bool,
+    ) -> Dispatch:
+        """What `forward` does with each row. Given routes need no router, and training weighs nothing."""
+        if expert_weights is not None:
+            return Dispatch.of_weights(self._checked_weights(expert_weights.to(input_ids.device)))
+        common = self.common is not None and use_common
+        if routes is None or (common and self.config.combine != "mean" and not self.training):
+            return Dispatch.of_weights(self.mixing_weights(input_ids, attention_mask, routes, use_common))
+        routes = self._checked_routes(routes.to(input_ids.device))
+        if (routes == ABSTAIN).any():
+            return Dispatch.of_weights(self.mixing_weights(input_ids, attention_mask, routes, use_common))
+        return Dispatch.of_routes(routes, len(self.experts), common)
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -306,7 +293,10 @@ class MomeForCausalLM(GPT2PreTrainedModel, GenerationMixin):
         if name not in self.languages:
             known = ", ".join(self.languages)
             raise MomeError(f"This model has no expert '{name}': its experts are {known}.")
-        return self.experts[self.languages.index(name)]
+        expert = self.experts[self.languages.index(name)]
+        if isinstance(expert, Absent):
+            raise MomeError(f"The expert '{name}' was left on disk: load the model again with it among active_experts.")
+        return expert
 
     @staticmethod
     def _ple_hidden(
@@ -324,11 +314,12 @@ class MomeForCausalLM(GPT2PreTrainedModel, GenerationMixin):
 
 def build_mome(
     variant: str, shape: Shape, *, vocab_size: int, block_size: int, languages: Sequence[str], seed: int,
-    bos: int, eos: int,
+    bos: int, eos: int, tie_projection: bool = False,
 ) -> MomeForCausalLM:
     """An untrained mixture with experts of ``shape`` whose weights depend on ``seed`` only.
 
     The global random generator is untouched. Experts are configured as the study's students (`gpt2_config`).
+    ``tie_projection`` makes the shared output projection of JEET and MoE-CE the token embedding.
 
     Raises:
         MomeError: as `MomeConfig`.
@@ -337,7 +328,7 @@ def build_mome(
     make: Any = MomeConfig  # the base class takes more than its generated signature says
     config = make(
         variant=variant, languages=list(languages), bos_token_id=bos, eos_token_id=eos, pad_token_id=eos,
-        expert=expert, attn_implementation=expert._attn_implementation,
+        expert=expert, attn_implementation=expert._attn_implementation, tie_word_embeddings=tie_projection,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -352,12 +343,6 @@ def build_mome(
     return model
 
 
-def _function_of(config: GPT2Config) -> dict[str, Any]:
-    """The settings of a GPT-2 that change what it computes (not how it was loaded)."""
-    ignored = {"architectures", "dtype", "transformers_version", "_name_or_path", "use_cache"}
-    return {key: value for key, value in config.to_dict().items() if key not in ignored}
-
-
 def _positions(attention_mask: Tensor | None, length: int) -> Tensor | None:
     """Places of the last ``length`` tokens, counted over the mask [B, >= length]; None without a mask."""
     if attention_mask is None:
@@ -365,27 +350,29 @@ def _positions(attention_mask: Tensor | None, length: int) -> Tensor | None:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
 
 
-def _groups(routes: Tensor, experts: int) -> list[tuple[int, Tensor]]:
-    """Experts in use, each with the rows [n] of its sequences in their order."""
-    low, high = torch.aminmax(routes)
-    if int(low) < 0 or int(high) >= experts:
-        raise MomeError(f"Routes must lie from 0 to {experts - 1}, but lie from {int(low)} to {int(high)}.")
-    order = torch.argsort(routes, stable=True)
-    counts = torch.bincount(routes, minlength=experts).tolist()
-    return [(index, rows) for index, rows in enumerate(torch.split(order, counts)) if len(rows)]
-
-
 def _rows(tensor: Tensor, rows: Tensor) -> Tensor:
     """Rows of a tensor; the tensor itself where all are asked for (they are in order then)."""
     return tensor if len(rows) == len(tensor) else tensor.index_select(0, rows)
 
 
-def _merge(pieces: list[Tensor], groups: list[tuple[int, Tensor]]) -> Tensor:
-    """Results of the groups, back in the order of the batch."""
+def _combine(pieces: list[Tensor], shared: Tensor | None, dispatch: Dispatch) -> Tensor:
+    """Weighed answers of the experts [n, T, …] and of the common one [B, T, …], in the order of the batch."""
+    if dispatch.plain:
+        merged = _merge(pieces, dispatch.groups)
+        return merged if shared is None else (merged + shared) / 2
+    like = pieces[0] if shared is None else shared
+    weights = dispatch.weights.to(like)
+    merged = like.new_zeros(len(weights), *like.shape[1:])
+    for (index, rows), piece in zip(dispatch.groups, pieces, strict=True):
+        merged = merged.index_add(0, rows, piece * weights[rows, index, None, None])
+    return merged if shared is None else merged + shared * weights[:, -1, None, None]
+
+
+def _merge(pieces: list[Tensor], groups: Sequence[tuple[int, Tensor]]) -> Tensor:
+    """Answers of groups that share no row, in the order of the batch."""
     if len(pieces) == 1:
         return pieces[0]
     return torch.cat(pieces).index_select(0, torch.argsort(torch.cat([rows for _, rows in groups])))
 
 
-AutoConfig.register(MomeConfig.model_type, MomeConfig)
-AutoModelForCausalLM.register(MomeConfig, MomeForCausalLM)
+AutoModelForCausalLM.register(MomeConfig, MomeForCausalLM, exist_ok=True)

@@ -148,11 +148,13 @@ def test_loss_is_shifted_and_ignores_masked_labels(model, mixed):
 def test_a_saved_model_gives_equal_logits_and_holds_everything(variant, router, mixed, tmp_path):
     model = build(variant, router)
     model.save_pretrained(tmp_path)
-    files = {f.name for f in tmp_path.iterdir()}
-    assert files == {"config.json", "generation_config.json", "model.safetensors"}  # no pickles, no code
-    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+    shards = {f"expert-{name}.safetensors" for name in LANGUAGES} | {"shared.safetensors"}
+    others = {"config.json", "generation_config.json", "model.safetensors.index.json"}
+    assert {f.name for f in tmp_path.iterdir()} == shards | others  # no pickles, no code
+    with safe_open(tmp_path / "shared.safetensors", "pt") as file:
         names = set(file.keys())
     assert {"router.idf", "router.weight", "router.bias"} <= names
+    assert not any(name.startswith("experts.") for name in names)
     assert ("lm_head.weight" in names) == (variant != "ple")
     attention = model.config._attn_implementation
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=attention).eval()
