@@ -44,14 +44,16 @@ def distance_ranks(x: Array) -> Array:
     """
     values = correlation_distances(x)
     order = np.argsort(values).astype(np.min_scalar_type(len(values)))
-    values = values[order]
-    firsts = np.flatnonzero(np.diff(values, prepend=-np.inf))  # where each run of equal distances begins
-    if len(firsts) == 1:
+    values, ranks = values[order], np.empty(len(order))
+    tied = values[1:] == values[:-1]
+    if tied.all():
         raise MomeError("All pairs of inputs are equally far apart in a representation: RSA has nothing to rank.")
-    lengths = np.diff(firsts, append=len(values))
-    del values
-    ranks = np.empty(len(order))
-    ranks[order] = np.repeat(firsts + (lengths - 1) / 2, lengths)
+    if tied.any():
+        firsts = np.flatnonzero(np.append(True, ~tied))  # where each run of equal distances begins
+        lengths = np.diff(firsts, append=len(values))
+        ranks[order] = np.repeat(firsts + (lengths - 1) / 2, lengths)
+    else:
+        ranks[order] = np.arange(len(values))
     ranks -= ranks.mean()
     ranks /= np.linalg.norm(ranks)
     return ranks
