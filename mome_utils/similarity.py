@@ -178,7 +178,8 @@ class Space:
         if name not in self._views:
             makers: Mapping[str, Callable[[Array], Any]] = {
                 "scaled": unit_norm, "rows": unit_rows, "ranks": distance_ranks, "basis": basis,
-                "principal": principal, "neighbours": lambda x: nearest(x, self.neighbours),
+                "principal": lambda _: principal(self.view("basis")),
+                "neighbours": lambda x: nearest(x, self.neighbours),
             }
             self._views[name] = makers[name](self.values)
         return self._views[name]

@@ -33,21 +33,16 @@ class Basis(NamedTuple):
 
 def basis(x: Array) -> Basis:
     """The basis of a centred representation [n, d], without directions that are rounding."""
-    return _basis(x, 1.0)
-
-
-def principal(x: Array) -> Basis:
-    """The principal directions that together hold 99 % of the variance of a centred representation [n, d]."""
-    return _basis(x, VARIANCE)
-
-
-def _basis(x: Array, variance: float) -> Basis:
     vectors, values, rotation = scipy.linalg.svd(x, full_matrices=False)
     rank = int((values > values[0] * max(x.shape) * np.finfo(float).eps).sum())
-    if variance < 1:
-        share = np.cumsum(values**2) / (values**2).sum()
-        rank = min(rank, int(np.searchsorted(share, variance)) + 1)
     return Basis(vectors[:, :rank], values[:rank, None] * rotation[:rank])
+
+
+def principal(whole: Basis) -> Basis:
+    """The first directions of a basis, as many as hold 99 % of the variance."""
+    share = np.cumsum((whole.columns**2).sum(1))
+    rank = int(np.searchsorted(share, VARIANCE * share[-1])) + 1
+    return Basis(whole.vectors[:, :rank], whole.columns[:rank])
 
 
 def cca(x: Basis, y: Basis) -> float:
