@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 import torch
 from torch import Tensor
-from transformers import GPT2LMHeadModel, PreTrainedModel
+from transformers import PreTrainedModel
 
 from mome_utils.config import MomeError
 from mome_utils.models import shifted_ce
@@ -59,7 +59,7 @@ def part_of(name: str) -> str:
     return names[pieces[0]]
 
 
-def weight_drift(before: GPT2LMHeadModel, after: GPT2LMHeadModel) -> pd.DataFrame:
+def weight_drift(before: PreTrainedModel, after: PreTrainedModel) -> pd.DataFrame:
     """How far each part of a model moved: ``part, drift``, ‖after − before‖ / ‖before‖ over the part's weights.
 
     Parts are in the order in which a token meets them; the final norm comes last.
@@ -77,12 +77,12 @@ def weight_drift(before: GPT2LMHeadModel, after: GPT2LMHeadModel) -> pd.DataFram
 
 @torch.inference_mode()
 def layer_similarity(
-    before: GPT2LMHeadModel, after: GPT2LMHeadModel, ids: Tensor, measure: str = "debiased_cka"
+    before: PreTrainedModel, after: PreTrainedModel, ids: Tensor, measure: str = "debiased_cka"
 ) -> pd.DataFrame:
     """How alike two models represent the same tokens, layer by layer: ``layer`` (0: the embedding), ``similarity``.
 
     Args:
-        before, after: in evaluation mode, of one depth.
+        before, after: GPT-2s in evaluation mode, of one depth.
         ids: sequences ``[n, T]``; each of their ``n · T`` positions is one row.
         measure: of :mod:`mome_utils.similarity`; debiased CKA is near 0 for unrelated representations.
     """
