@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -11,6 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from .config import MomeError
+from .figures import forgetting_curves
 from .figures_style import (
     INK,
     SOFT,
@@ -27,8 +29,45 @@ from .figures_style import (
     tint,
     unique,
 )
+from .forgetting import stage_bands
 
-__all__ = ["layer_changes", "relearning_curves", "stability_plasticity"]
+if TYPE_CHECKING:
+    from .runs import Run
+    from .study import Study
+
+__all__ = ["course_curves", "family_of", "layer_changes", "note_of", "relearning_curves", "stability_plasticity"]
+
+
+def family_of(label: str) -> str:
+    """The method of a course's label, without its strength: ``EWC, λ = 100`` → EWC, ``Replay 5 %`` → Replay."""
+    return label.split(",")[0].split(" ")[0] if label.startswith(("EWC", "LwF", "Replay")) else label.split(",")[0]
+
+
+def note_of(label: str) -> str:
+    """What a course's label says beyond its method: ``EWC, λ = 100`` → λ = 100, ``Replay 5 %`` → 5 %; else nothing."""
+    return label.removeprefix(family_of(label)).lstrip(", ") if any(c.isdigit() for c in label) else ""
+
+
+def course_curves(
+    study: Study, paths: Mapping[tuple[tuple[str, ...], str], Sequence[Run]],
+    chosen: Sequence[tuple[tuple[str, ...], str]], label: Mapping[str, str],
+) -> Figure:
+    """Validation curves of finished runs, a panel for each chosen (order of the languages, course).
+
+    Raises:
+        MomeError: a choice that has no runs in this study.
+    """
+    curves, bands = [], {}
+    for order, course in chosen:
+        if (order, course) not in paths:
+            raise MomeError(
+                f"{label[course]} has no run in the order {' → '.join(order)}: choose the first, or Sequential."
+            )
+        runs = paths[order, course]
+        title = f"{label[course]}: {' → '.join(order)}"
+        curves.append(study.curves({title: runs}))
+        bands[title] = stage_bands(order, runs[0].spec.snapshots)
+    return forgetting_curves(pd.concat(curves, ignore_index=True), bands, "Validation bits per byte")
 
 
 @styled
@@ -124,8 +163,8 @@ def relearning_curves(
         _band(ax, df[df["arm"].astype(str) == arm], color[arm], marker[arm])
     for name, level in targets.items():
         ax.axhline(level, color=SOFT, linewidth=1.0, linestyle=(0, (4, 2)), zorder=1)
-        ax.annotate(f"{name}: {number(level)}", (1, level), (-2, 3), xycoords=("axes fraction", "data"),
-                    textcoords="offset points", ha="right", size=8, color=SOFT)
+        ax.annotate(f"{name}: {number(level)}", (0, level), (4, 3), xycoords=("axes fraction", "data"),
+                    textcoords="offset points", size=8, color=SOFT)
     thousands(ax)
     ax.set(xlabel="Training step", ylabel=ylabel)
     handles = [Line2D([], [], color=color[arm], marker=marker[arm], markersize=5) for arm in arms]

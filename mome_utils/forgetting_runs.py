@@ -9,9 +9,11 @@ import pandas as pd
 import torch
 
 from mome_utils.artifacts import digest
+from mome_utils.config import MomeError
 from mome_utils.evaluation import score_documents
 from mome_utils.forgetting_causes import layer_similarity, weight_drift
 from mome_utils.forgetting_growth import score_growing
+from mome_utils.moe import MomeForCausalLM
 from mome_utils.runs import Run, torch_threads
 from mome_utils.token_classes import function_words, score_classes
 from mome_utils.training import TrainSpec, build_model
@@ -119,9 +121,13 @@ def growing_rows(study: Study, runs: Sequence[Run], routers: Sequence[TokenRoute
     for run in runs:
 
         def compute(run: Run = run) -> pd.DataFrame:
-            models = [run.model(end) for end in run.spec.snapshots]
-            for model in models:
+            models = []
+            for end in run.spec.snapshots:
+                model = run.model(end)
+                if not isinstance(model, MomeForCausalLM):
+                    raise MomeError("Only a mixture grows by experts: give runs of growing_spec.")
                 model.set_router(study.router())
+                models.append(model)
             return score_growing(
                 models, data.tokenizer, documents, block_size=data.block_size, stride=study.profile.stride,
                 routers=routers,
