@@ -48,7 +48,7 @@ __all__ = ["ContinualSpec", "ContinualTrainer", "run_key", "run_modules", "train
 #: LwF compares distributions at this temperature, as its authors do.
 LWF_TEMPERATURE = 2.0
 #: Sequences of a stage from which its Fisher diagonal is estimated.
-FISHER_SEQUENCES = 128
+FISHER_SEQUENCES = 64
 #: Parameters that the experts of a joint mixture share.
 SHARED = ("wte.", "wpe.", "lm_head.")
 
@@ -173,6 +173,7 @@ class ContinualTrainer(LMTrainer):
         self.stage = 0
         self.pull: Pull | None = None
         self.previous: PreTrainedModel | None = None
+        self._fishers: list[dict[str, Tensor]] = []  # of the stages so far; a resumed run makes them again
         self.add_callback(_StageStart(self))
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
@@ -216,12 +217,11 @@ class ContinualTrainer(LMTrainer):
 
     def _pull(self, stage: int) -> Pull:
         """The pull towards the end of the stage before, by the Fisher diagonals of all stages before."""
-        fishers = []
-        for earlier in range(stage):
+        for earlier in range(len(self._fishers), stage):
             model = self._snapshot(earlier)
-            fishers.append(fisher_diagonal(model, self._sequences_of(earlier), seed=self.spec.seed + earlier))
-        anchor = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        precision = summed(fishers)
+            self._fishers.append(fisher_diagonal(model, self._sequences_of(earlier), seed=self.spec.seed + earlier))
+        anchor = {name: parameter.detach() for name, parameter in self._snapshot(stage - 1).named_parameters()}
+        precision = summed(self._fishers)
         return Pull(anchor, flat_like(precision) if self.spec.method == "l2" else precision, self.spec.strength)
 
     def _sequences_of(self, stage: int) -> Tensor:

@@ -139,10 +139,11 @@ def _extended(spec: TrainSpec, **settings: Any) -> ContinualSpec:
     return ContinualSpec(**{f.name: getattr(spec, f.name) for f in fields(TrainSpec)}, **settings)
 
 
-def method_table() -> list[dict[str, str]]:
+def method_table(arms: Sequence[str]) -> list[dict[str, str]]:
     """A row per course: arm, name, what its strength means, source."""
     return [
-        {"arm": f"`{arm}`", "course": course.label, "strength": METHODS[course.method].strength,
-         "source": METHODS[course.method].source}
-        for arm, course in COURSES.items()
+        {"arm": f"`{arm}`", "course": course.label,
+         "its strength": "the rule between stages" if course.fresh else METHODS[course.method].strength,
+         "source": "" if course.fresh else METHODS[course.method].source}
+        for arm, course in ((arm, COURSES[arm]) for arm in arms)
     ]
