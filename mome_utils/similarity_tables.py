@@ -7,12 +7,14 @@ The functions take rows of :func:`mome_utils.similarity_study.pair_rows`, or mak
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import nan
 
 import numpy as np
 import pandas as pd
 from scipy.stats import rankdata
 
 from mome_utils.config import MomeError
+from mome_utils.intervals import Interval
 from mome_utils.similarity import MEASURES, measure
 from mome_utils.similarity_baselines import ALL, Statistic, jackknife, placed
 
@@ -71,7 +73,8 @@ def placed_rows(
 
     Returns:
         ``measure, label, aggregation, kind, raw, floor, ceiling, value, low, high``; ``value`` is the place (or the
-        difference), ``raw`` the mean score.
+        difference), ``raw`` the mean score. Where floor and ceiling are equal (mean CCA of few inputs), there is no
+        place: nan.
     """
     found = []
     for (name, aggregation), part in rows.groupby(["measure", "aggregation"], sort=False):
@@ -82,7 +85,9 @@ def placed_rows(
             place = between(mean_of(kind, "teacher", True), floor, ceiling)
             if versus:
                 place = difference(place, between(mean_of(versus, "teacher", True), floor, ceiling))
-            interval, whole = jackknife(part, place, seeds), part[part["fold"] == ALL]
+            whole = part[part["fold"] == ALL]
+            known = floor != ceiling(whole)
+            interval = jackknife(part, place, seeds) if known else Interval(nan, nan, nan, len(seeds), 0)
             found.append({
                 "measure": name, "label": MEASURES[name].label, "aggregation": aggregation, "kind": kind,
                 "raw": mean_of(kind, "teacher", True)(whole), "floor": floor, "ceiling": ceiling(whole),
@@ -138,17 +143,22 @@ def measure_agreement(rows: pd.DataFrame) -> pd.DataFrame:
     """Spearman's rank correlation between measures over pairs of models [measures, measures], distances negated.
 
     Pairs are ranked within each language and aggregation, and the correlations averaged: measures should agree on which
-    models are alike, not on which language is.
+    models are alike, not on which language is. A measure that gives all pairs one score (mean CCA of few inputs) ranks
+    nothing, and is left out.
     """
     keys = ["kind", "made_for", "seed", "kind_b", "made_for_b", "seed_b"]
-    whole, parts = rows[rows["fold"] == ALL], []
-    for _, part in whole.groupby(["language", "aggregation"], sort=False):
-        wide = part.pivot(index=keys, columns="measure", values="value")[list(part["measure"].unique())]
-        signs = np.array([-1 if MEASURES[name].is_distance else 1 for name in wide.columns])
+    names, parts = list(rows["measure"].unique()), []
+    for _, part in rows[rows["fold"] == ALL].groupby(["language", "aggregation"], sort=False):
+        wide = part.pivot(index=keys, columns="measure", values="value")[names].round(9)
+        signs = [-1 if MEASURES[name].is_distance else 1 for name in names]
         ranks = np.apply_along_axis(rankdata, 0, wide.to_numpy() * signs)
-        parts.append(pd.DataFrame(np.corrcoef(ranks.T), index=wide.columns, columns=wide.columns))
-    matrix = sum(part.to_numpy() for part in parts) / len(parts)
-    return pd.DataFrame(matrix, index=list(parts[0].index), columns=list(parts[0].columns))
+        ranks -= ranks.mean(0)
+        lengths = np.linalg.norm(ranks, axis=0)
+        ranks = np.divide(ranks, lengths, out=np.full_like(ranks, np.nan), where=lengths > 0)
+        parts.append(ranks.T @ ranks)
+    matrix = pd.DataFrame(np.mean(parts, axis=0), index=names, columns=names)
+    kept = np.isfinite(np.diag(matrix))
+    return matrix.loc[kept, kept]
 
 
 def flips(effects: pd.DataFrame) -> pd.DataFrame:

@@ -194,7 +194,7 @@ def test_libraries_that_have_a_measure_agree() -> None:
     assert compare("cca", x, y) == pytest.approx(found, abs=1e-3)
 
 
-# --------------------------------------------------------------------------------------- what a measure ignores, or not
+# -------------------------------------------------------------------------------- what a measure ignores, or not
 
 
 def image(x: Matrix, change: str, seed: int) -> Matrix:
@@ -249,7 +249,7 @@ def test_the_angular_metric_obeys_the_triangle_inequality() -> None:
         assert max(sides) <= sum(sides) - max(sides) + 1e-12
 
 
-# ------------------------------------------------------------------------------------------------------- known values
+# ------------------------------------------------------------------------------------------ known values
 
 
 def test_known_values_of_orthogonal_representations() -> None:
@@ -297,7 +297,7 @@ def test_the_debiased_estimator_has_no_bias_and_the_plain_one_much() -> None:
     assert plain.min() > 0.5
 
 
-# --------------------------------------------------------------------------------------------------------- minibatches
+# ------------------------------------------------------------------------------------------ minibatches
 
 
 def test_one_batch_of_all_rows_is_the_exact_value() -> None:
@@ -317,7 +317,7 @@ def test_minibatches_estimate_the_same_whatever_their_size() -> None:
         minibatch_cka([(x[:3], y[:3])])
 
 
-# ------------------------------------------------------------------------------------------------- memory and many layers
+# ------------------------------------------------------------------------------------------ memory and many layers
 
 
 def test_no_measure_needs_more_than_one_square_matrix_beside_its_views() -> None:
@@ -358,7 +358,7 @@ def test_blocks_cover_all_rows_once(monkeypatch: pytest.MonkeyPatch) -> None:
         assert compare(name, x, y, neighbours=K) == pytest.approx(NAIVE[name](x, y), abs=1e-9)
 
 
-# --------------------------------------------------------------------------------------------------------- strange input
+# ------------------------------------------------------------------------------------------ strange input
 
 
 @each_measure
