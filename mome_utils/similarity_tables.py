@@ -86,7 +86,7 @@ def placed_rows(
             if versus:
                 place = difference(place, between(mean_of(versus, "teacher", True), floor, ceiling))
             whole = part[part["fold"] == ALL]
-            known = floor != ceiling(whole)
+            known = abs(floor - ceiling(whole)) > 1e-9
             interval = jackknife(part, place, seeds) if known else Interval(nan, nan, nan, len(seeds), 0)
             found.append({
                 "measure": name, "label": MEASURES[name].label, "aggregation": aggregation, "kind": kind,
