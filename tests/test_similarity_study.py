@@ -97,7 +97,8 @@ def test_a_score_is_that_of_the_two_models_states(models: zoo.Collection) -> Non
     assert whole["cka"] == pytest.approx(compare("cka", x, y))
     assert whole["jaccard"] == pytest.approx(compare("jaccard", x, y, neighbours=5))
     assert sorted(rows["fold"].unique()) == [ALL, 0, 1, 2, 3]
-    assert tuple(rows.iloc[0][["kind", "made_for", "seed", "kind_b"]]) == ("fixed", pair.language, pair.a.seed, "teacher")
+    named = tuple(rows.iloc[0][["kind", "made_for", "seed", "kind_b"]])
+    assert named == ("fixed", pair.language, pair.a.seed, "teacher")
     few = zoo.pair_rows(models, [pair], ["cka", "jaccard"], aggregations=["mean"], jackknifed=["cka"])
     assert set(few.loc[few["fold"] != ALL, "measure"]) == {"cka"}
     assert zoo.pair_rows(models, [pair], ["cka"], jackknifed=False)["fold"].eq(ALL).all()
@@ -141,7 +142,8 @@ def test_means_give_every_language_the_same_weight() -> None:
 
 
 def test_places_and_their_differences() -> None:
-    scores = {("ce", s, "teacher", s): 0.5 for s in SEEDS} | {("fixed", s, "teacher", s): 0.7 + 0.01 * s for s in SEEDS}
+    scores = {("ce", s, "teacher", s): 0.5 for s in SEEDS}
+    scores |= {("fixed", s, "teacher", s): 0.7 + 0.01 * s for s in SEEDS}
     scores |= {("teacher", i, "teacher", j): 0.95 for i in SEEDS for j in SEEDS if i < j}
     floors = table({("ce", 0, "teacher", 0): 0.1}, folds=0)
     rows = tables.placed_rows(table(scores), floors, ["ce", "fixed"], SEEDS).set_index("kind")
@@ -152,7 +154,7 @@ def test_places_and_their_differences() -> None:
     assert 0 < gap["low"] < gap["value"] < gap["high"]
     single = tables.placed_rows(table({("ce", 0, "teacher", 0): 0.5}), floors, ["ce"], [0]).iloc[0]
     assert single["ceiling"] == 1  # one seed: two identical models are the ceiling
-    flat = tables.placed_rows(table({("ce", 0, "teacher", 0): 1.1}), table({("ce", 0, "teacher", 0): 1.05}, folds=0), ["ce"], [0])
+    flat = tables.placed_rows(table({("ce", 0, "teacher", 0): 1.1}), floors.assign(value=1.0), ["ce"], [0])
     assert np.isnan(flat["value"].iloc[0])
 
 
@@ -184,7 +186,8 @@ def test_the_matrix_of_kinds_holds_the_ceiling_on_its_diagonal() -> None:
 def test_measures_that_rank_alike_agree_whatever_their_direction() -> None:
     generator, parts = np.random.default_rng(0), []
     base = generator.normal(size=9)
-    for name, values in (("cka", base), ("angular", -base**3), ("jaccard", generator.normal(size=9)), ("cca", np.ones(9))):
+    scored = {"cka": base, "angular": -base**3, "jaccard": generator.normal(size=9), "cca": np.ones(9)}
+    for name, values in scored.items():
         scores = {("a", i, "b", j): values[3 * i + j] for i in SEEDS for j in SEEDS}
         parts.append(table(scores, name=name, folds=0))
     found = tables.measure_agreement(pd.concat(parts, ignore_index=True))
@@ -215,7 +218,7 @@ def test_retrieval_counts_the_places_of_the_right_candidates() -> None:
     candidates = np.array([[1, 0, 0, 0], [0.9, 0.1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 0.5]])
     assert across.retrieval_ranks(queries, candidates, centre=False).tolist() == [1, 1, 1, 1]
     assert across.retrieval_ranks(queries, candidates[[1, 0, 2, 3]], centre=False).tolist() == [2, 4, 1, 1]
-    assert across.retrieval_ranks(queries, np.ones((4, 4)), centre=False).tolist() == [4] * 4  # no difference, nothing found
+    assert across.retrieval_ranks(queries, np.ones((4, 4)), centre=False).tolist() == [4] * 4  # all alike
     with pytest.raises(MomeError, match="one shape"):
         across.retrieval_ranks(queries, candidates[:3])
 
