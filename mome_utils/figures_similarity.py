@@ -5,7 +5,8 @@ Every function takes plain tables, checks them (``FigureError``, one sentence) a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from scipy.cluster.hierarchy import dendrogram, linkage
 from scipy.spatial.distance import squareform
 
-from .figures_arms import arm_look, arm_name
+from .figures_arms import arm_name
 from .figures_matrices import _cells
 from .figures_style import (
     GRID,
@@ -26,6 +27,7 @@ from .figures_style import (
     SOFT,
     WIDTH,
     FigureError,
+    colors,
     legend,
     markers,
     number,
@@ -36,6 +38,17 @@ from .figures_style import (
 )
 
 __all__ = ["clustered", "layer_curves", "placed_scores"]
+
+
+#: Kinds of models that occur in no other figure, apart from those they stand beside here.
+_COLORS: Mapping[str, str] = MappingProxyType({
+    "common": "#2FB5C9", "untrained": "#C2A878", "untrained_teacher": "#8A6D3B",
+})
+
+
+def _colors(kinds: Sequence[str]) -> dict[str, str]:
+    """One colour for each kind: that of every figure where it has one."""
+    return colors(kinds) | {kind: _COLORS[kind] for kind in kinds if kind in _COLORS}
 
 
 @styled
@@ -110,7 +123,7 @@ def layer_curves(
     """
     require(df, ("panel", "layer", "kind", "value"), ("layer", "value"))
     names, kinds = unique(df["panel"]), unique(df["kind"])
-    color, marker = {kind: arm_look(kind).color for kind in kinds}, markers(kinds)
+    color, marker = _colors(kinds), markers(kinds)
     figure, axes = panels(len(names), columns=columns, sharey=True, height=2.9)
     handles = {kind: Line2D([], [], color=color[kind], marker=marker[kind], markersize=4.5) for kind in kinds}
     # Kinds stand a little beside each other, so that bars and markers at one layer can be told apart.
@@ -150,11 +163,11 @@ def placed_scores(df: pd.DataFrame, xlabel: str = "Place between floor (0) and c
     """
     require(df, ("row", "kind", "value"), ("value",))
     rows, kinds = unique(df["row"]), unique(df["kind"])
-    color, marker = {kind: arm_look(kind).color for kind in kinds}, markers(kinds)
-    figure, (ax,) = panels(1, height=0.9 + 0.36 * len(rows))
+    color, marker = _colors(kinds), markers(kinds)
+    figure, (ax,) = panels(1, height=0.9 + 0.46 * len(rows))
     for place in (0, 1):
         ax.axvline(place, color=SOFT, linewidth=1, linestyle=":" if place == 0 else "--")
-    heights = np.linspace(-0.24, 0.24, len(kinds)) if len(kinds) > 1 else np.zeros(1)
+    heights = np.linspace(-0.33, 0.33, len(kinds)) if len(kinds) > 1 else np.zeros(1)
     for kind, offset in zip(kinds, heights, strict=True):
         part = df[df["kind"].astype(str) == kind]
         y = np.array([rows.index(str(row)) for row in part["row"]]) + offset

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import combinations
 from typing import NamedTuple
 
@@ -83,14 +83,30 @@ class Collection:
     _states: dict[tuple[Ref, str], States] = field(default_factory=dict)
 
     def add_run(self, kind: str, made_for: str, run: Run, *, untrained: bool = False) -> None:
-        """A finished run's GPT-2, or ``untrained`` the very weights that its training started from."""
-        self._makers[Ref(kind, made_for, run.spec.seed)] = lambda: layer_reader(_model(run, untrained))
+        """A finished run's GPT-2, or ``untrained`` the very weights that its training started from.
 
-    def add_experts(self, kind: str, run: Run, *, untrained: bool = False) -> None:
-        """Every expert of a finished mixture: ``kind`` for each language; the common one is made for ""."""
-        for name in (*run.spec.model.experts, *((COMMON,) if run.spec.model.kind == "moe_ce" else ())):
-            ref = Ref(COMMON, "", run.spec.seed) if name == COMMON else Ref(kind, name, run.spec.seed)
-            self._makers[ref] = lambda name=name: _expert(run, name, untrained)  # type: ignore[misc]
+        Raises:
+            MomeError: there is such a model already.
+        """
+        self._add(Ref(kind, made_for, run.spec.seed), lambda: layer_reader(_model(run, untrained)))
+
+    def add_experts(self, kind: str, run: Run, *, common: str = COMMON, untrained: bool = False) -> None:
+        """Every expert of a finished mixture: ``kind`` for each language, and ``common`` for the expert of all.
+
+        Raises:
+            MomeError: there is such a model already.
+        """
+        for name in run.spec.model.experts:
+            self._add(Ref(kind, name, run.spec.seed), partial(_expert, run, name, untrained))
+        if run.spec.model.kind == "moe_ce":
+            self._add(Ref(common, "", run.spec.seed), partial(_expert, run, COMMON, untrained))
+
+    def _add(self, ref: Ref, maker: Callable[[], Reader]) -> None:
+        if ref in self._makers:
+            raise MomeError(
+                f"The collection has a model of kind '{ref.kind}', seed {ref.seed} already: name it otherwise."
+            )
+        self._makers[ref] = maker
 
     def of(self, kind: str, language: str) -> dict[int, Ref]:
         """By seed, the models of a kind that were made for a language, or for all of them.

@@ -74,6 +74,15 @@ def test_untrained_twins_are_the_weights_of_the_start(models: zoo.Collection) ->
     assert np.array_equal(trained, start)  # FakeRun(trained=seed) "trained" to what its seed starts with
 
 
+def test_no_model_takes_the_place_of_another(models: zoo.Collection) -> None:
+    before = models.states(models.of("common", "en")[1], "en")["final"][-1]
+    with pytest.raises(MomeError, match="a model of kind 'common', seed 1 already"):
+        models.add_experts("untrained_moe_ce", run("moe_ce", 1, 31), untrained=True)
+    models.add_experts("start_of_moe_ce", run("moe_ce", 1, 31), common="start", untrained=True)
+    after, start = (models.states(models.of(kind, "en")[1], "en")["final"][-1] for kind in ("common", "start"))
+    assert np.array_equal(before, after) and not np.array_equal(after, start)
+
+
 def test_pairs_are_all_that_were_asked_for_and_no_other(models: zoo.Collection) -> None:
     own, other = (zoo.teacher_pairs(models, ["ce", "common"], own=flag) for flag in (True, False))
     assert len(own) == 2 * 2 * 3 and all(p.a.seed == p.b.seed and p.b.kind == "teacher" for p in own)
