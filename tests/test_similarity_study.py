@@ -167,8 +167,11 @@ def test_places_and_their_differences() -> None:
     assert np.isnan(flat["value"].iloc[0])
 
 
-def kinds_table(apart: float, within: float, same_start: float, name: str = "cka") -> pd.DataFrame:
-    scores = {(k, i, k, j): within for k in ("a", "b") for i in SEEDS for j in SEEDS if i < j}
+def kinds_table(
+    apart: float, within: float, same_start: float, name: str = "cka", other: float | None = None
+) -> pd.DataFrame:
+    own = {"a": within, "b": within if other is None else other}
+    scores = {(k, i, k, j): own[k] for k in own for i in SEEDS for j in SEEDS if i < j}
     return table(scores | {("a", i, "b", j): same_start if i == j else apart for i in SEEDS for j in SEEDS}, name=name)
 
 
@@ -178,6 +181,8 @@ def test_the_share_below_the_ceiling_does_not_look_at_models_of_one_seed() -> No
         rows = kinds_table(apart, 0.8, 1.0)
         assert share(rows[rows["fold"] == ALL]) == expected
     assert tables.share_below("angular")(kinds_table(0.9, 0.8, 0.0, "angular").query("fold == -1")) == 1.0
+    between_both = kinds_table(0.7, 0.8, 1.0, other=0.65)  # alike as two seeds of the second kind, if not of the first
+    assert share(between_both[between_both["fold"] == ALL]) == 0.0
     one = kinds_table(0.7, 0.8, 1.0).query("seed == 0 and seed_b == 0")
     assert np.isnan(share(one))
     found = jackknife(kinds_table(0.7, 0.8, 1.0), share, SEEDS)
