@@ -5,7 +5,8 @@ Every function takes plain tables, checks them (``FigureError``, one sentence) a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from scipy.cluster.hierarchy import dendrogram, linkage
 from scipy.spatial.distance import squareform
 
+from .figures_arms import arm_name
 from .figures_matrices import _cells
 from .figures_style import (
     GRID,
@@ -28,7 +30,6 @@ from .figures_style import (
     colors,
     legend,
     markers,
-    name_of,
     number,
     panels,
     require,
@@ -37,6 +38,17 @@ from .figures_style import (
 )
 
 __all__ = ["clustered", "layer_curves", "placed_scores"]
+
+
+#: Kinds of models that occur in no other figure, apart from those they stand beside here.
+_COLORS: Mapping[str, str] = MappingProxyType({
+    "common": "#2FB5C9", "untrained": "#C2A878", "untrained_teacher": "#8A6D3B",
+})
+
+
+def _colors(kinds: Sequence[str]) -> dict[str, str]:
+    """One colour for each kind: that of every figure where it has one."""
+    return colors(kinds) | {kind: _COLORS[kind] for kind in kinds if kind in _COLORS}
 
 
 @styled
@@ -55,7 +67,7 @@ def clustered(matrices: Mapping[str, pd.DataFrame], label: str, *, distance: boo
     norm = Normalize(low, high if high > low else low + 1)
     size = max(len(frame) for frame in checked.values())
     wide = min(2, len(checked))
-    names_wide = 0.075 * max(len(name_of(key)) for frame in checked.values() for key in frame.index)
+    names_wide = 0.075 * max(len(arm_name(key)) for frame in checked.values() for key in frame.index)
     cell = min(0.62, (WIDTH * 1.35 / wide - names_wide - 0.3) / size)
     figure, axes = panels(
         len(checked), columns=wide, width=wide * (size * cell + names_wide + 0.3) + 0.7,
@@ -85,7 +97,7 @@ def _panel(ax: Axes, title: str, frame: pd.DataFrame, norm: Normalize, distance:
     np.fill_diagonal(apart, 0)
     tree = dendrogram(linkage(squareform(apart, checks=False), "average"), no_plot=True)
     order, count = tree["leaves"], len(frame)
-    names = [name_of(frame.index[i]) for i in order]
+    names = [arm_name(frame.index[i]) for i in order]
     shown = values[np.ix_(order, order)]
     texts = np.array([[number(cell, fmt) for cell in row] for row in shown], dtype=object)
     mesh = _cells(ax, shown, names, names, norm, texts, size=7 if count > 7 else 8)
@@ -111,7 +123,7 @@ def layer_curves(
     """
     require(df, ("panel", "layer", "kind", "value"), ("layer", "value"))
     names, kinds = unique(df["panel"]), unique(df["kind"])
-    color, marker = colors(kinds), markers(kinds)
+    color, marker = _colors(kinds), markers(kinds)
     figure, axes = panels(len(names), columns=columns, sharey=True, height=2.9)
     handles = {kind: Line2D([], [], color=color[kind], marker=marker[kind], markersize=4.5) for kind in kinds}
     # Kinds stand a little beside each other, so that bars and markers at one layer can be told apart.
@@ -126,17 +138,18 @@ def layer_curves(
             ax.plot(x, line["value"], color=color[kind], marker=marker[kind], markersize=4.5)
             if "low" in line:
                 ax.vlines(x, line["low"], line["high"], color=color[kind], linewidth=1.2)
-        ax.set_title(name_of(name) if len(names) > 1 else "")
+        ax.set_title(arm_name(name) if len(names) > 1 else "")
         ax.set_xlabel(xlabel)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     for ax in axes[:: min(columns, len(axes))]:
         ax.set_ylabel(ylabel)
-    legend(figure, list(handles.values()), [name_of(kind) for kind in handles])
+    legend(figure, list(handles.values()), [arm_name(kind) for kind in handles])
     return figure
 
 
 def _levels(ax: Axes, rows: pd.DataFrame, names: list[str], handles: dict[str, Line2D]) -> None:
-    for name, dashes in zip(names, ("--", ":", "-."), strict=False):
+    looks: tuple[Any, ...] = ("--", ":", "-.")
+    for name, dashes in zip(names, looks, strict=False):
         line = rows[rows["name"].astype(str) == name].sort_values("layer")
         ax.plot(line["layer"], line["value"], color=SOFT, linestyle=dashes, linewidth=1.4)
         handles.setdefault(name, Line2D([], [], color=SOFT, linestyle=dashes, linewidth=1.4))
@@ -150,24 +163,24 @@ def placed_scores(df: pd.DataFrame, xlabel: str = "Place between floor (0) and c
     """
     require(df, ("row", "kind", "value"), ("value",))
     rows, kinds = unique(df["row"]), unique(df["kind"])
-    color, marker = colors(kinds), markers(kinds)
-    figure, (ax,) = panels(1, height=0.9 + 0.36 * len(rows))
+    color, marker = _colors(kinds), markers(kinds)
+    figure, (ax,) = panels(1, height=0.9 + 0.46 * len(rows))
     for place in (0, 1):
         ax.axvline(place, color=SOFT, linewidth=1, linestyle=":" if place == 0 else "--")
-    heights = np.linspace(-0.24, 0.24, len(kinds)) if len(kinds) > 1 else np.zeros(1)
+    heights = np.linspace(-0.33, 0.33, len(kinds)) if len(kinds) > 1 else np.zeros(1)
     for kind, offset in zip(kinds, heights, strict=True):
         part = df[df["kind"].astype(str) == kind]
         y = np.array([rows.index(str(row)) for row in part["row"]]) + offset
         if "low" in part:
             ax.hlines(y, part["low"], part["high"], color=color[kind], linewidth=1.2)
         ax.plot(part["value"], y, color=color[kind], marker=marker[kind], markersize=5, linestyle="none")
-    ax.set_yticks(range(len(rows)), [name_of(row) for row in rows], color=INK)
+    ax.set_yticks(range(len(rows)), rows, color=INK)
     ax.set(ylim=(len(rows) - 0.5, -0.5), xlabel=xlabel)
     ax.grid(axis="y", visible=False)
     for edge in np.arange(0.5, len(rows) - 0.5):
         ax.axhline(edge, color=GRID, linewidth=0.6)
     handles = [Line2D([], [], color=color[k], marker=marker[k], markersize=5, linestyle="none") for k in kinds]
-    legend(figure, handles, [name_of(kind) for kind in kinds])
+    legend(figure, handles, [arm_name(kind) for kind in kinds])
     return figure
 
 

@@ -17,7 +17,7 @@ import scipy.linalg
 from numpy.typing import ArrayLike
 
 from mome_utils.config import MomeError
-from mome_utils.similarity_inputs import Array, centred, paired
+from mome_utils.similarity_inputs import ROUNDING, Array, centred, paired
 
 __all__ = ["aligned_cosine", "angular", "cka", "debiased_cka", "hsic1", "minibatch_cka", "procrustes"]
 
@@ -44,7 +44,10 @@ def hsic1(x: Array, y: Array) -> float:
     sums_x, sums_y = x @ x.sum(0) - squares_x, y @ y.sum(0) - squares_y  # the row sums of K and L
     trace = np.linalg.norm(x.T @ y) ** 2 - squares_x @ squares_y
     product = sums_x.sum() * sums_y.sum() / ((n - 1) * (n - 2))
-    return float((trace + product - 2 * (sums_x @ sums_y) / (n - 2)) / (n * (n - 3)))
+    terms = np.array([trace, product, -2 * (sums_x @ sums_y) / (n - 2)])
+    # Terms that cancel leave rounding, which is no independence and no dependence: zero.
+    total = 0.0 if abs(terms.sum()) <= ROUNDING * np.abs(terms).sum() else terms.sum()
+    return float(total / (n * (n - 3)))
 
 
 def debiased_cka(x: Array, y: Array) -> float:

@@ -22,6 +22,9 @@ __all__ = [
     "rsm_difference", "second_order_cosine",
 ]
 
+#: Distances that differ by less are equal: the difference is rounding, and ranks must not depend on it.
+DECIMALS = 12
+
 
 def correlation_distances(x: Array) -> Array:
     """1 − Pearson's correlation of every pair of rows over the dimensions, [n (n−1) / 2], in the order of scipy's
@@ -33,7 +36,7 @@ def correlation_distances(x: Array) -> Array:
             after = similarities[part.start + offset + 1 :]
             found[start : start + len(after)] = 1 - after
             start += len(after)
-    return found
+    return np.round(found, DECIMALS, out=found)
 
 
 def distance_ranks(x: Array) -> Array:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import combinations
 from typing import NamedTuple
 
 import pandas as pd
 from transformers import PreTrainedModel
 
+from mome_utils.config import MomeError
 from mome_utils.moe import MomeForCausalLM
 from mome_utils.moe_config import COMMON
 from mome_utils.representations import (
@@ -32,7 +34,10 @@ from mome_utils.similarity import NEIGHBOURS, Space, compare_all
 from mome_utils.similarity_baselines import ALL, permuted, topic_folds
 from mome_utils.training import build_model
 
-__all__ = ["Collection", "Pair", "Ref", "SIMILARITY_MODULES", "floor_rows", "layer_rows", "pair_rows"]
+__all__ = [
+    "SIMILARITY_MODULES", "Collection", "Pair", "Ref", "expert_pairs", "floor_rows", "kind_pairs", "layer_rows",
+    "pair_rows", "seed_pairs", "teacher_pairs",
+]
 
 #: Modules whose sources define a table of similarities.
 SIMILARITY_MODULES = tuple(
@@ -78,14 +83,41 @@ class Collection:
     _states: dict[tuple[Ref, str], States] = field(default_factory=dict)
 
     def add_run(self, kind: str, made_for: str, run: Run, *, untrained: bool = False) -> None:
-        """A finished run's GPT-2, or ``untrained`` the very weights that its training started from."""
-        self._makers[Ref(kind, made_for, run.spec.seed)] = lambda: layer_reader(_model(run, untrained))
+        """A finished run's GPT-2, or ``untrained`` the very weights that its training started from.
 
-    def add_experts(self, kind: str, run: Run, *, untrained: bool = False) -> None:
-        """Every expert of a finished mixture: ``kind`` for each language; the common one is made for ""."""
-        for name in (*run.spec.model.experts, *((COMMON,) if run.spec.model.kind == "moe_ce" else ())):
-            ref = Ref(COMMON, "", run.spec.seed) if name == COMMON else Ref(kind, name, run.spec.seed)
-            self._makers[ref] = lambda name=name: _expert(run, name, untrained)  # type: ignore[misc]
+        Raises:
+            MomeError: there is such a model already.
+        """
+        self._add(Ref(kind, made_for, run.spec.seed), lambda: layer_reader(_model(run, untrained)))
+
+    def add_experts(self, kind: str, run: Run, *, common: str = COMMON, untrained: bool = False) -> None:
+        """Every expert of a finished mixture: ``kind`` for each language, and ``common`` for the expert of all.
+
+        Raises:
+            MomeError: there is such a model already.
+        """
+        for name in run.spec.model.experts:
+            self._add(Ref(kind, name, run.spec.seed), partial(_expert, run, name, untrained))
+        if run.spec.model.kind == "moe_ce":
+            self._add(Ref(common, "", run.spec.seed), partial(_expert, run, COMMON, untrained))
+
+    def _add(self, ref: Ref, maker: Callable[[], Reader]) -> None:
+        if ref in self._makers:
+            raise MomeError(
+                f"The collection has a model of kind '{ref.kind}', seed {ref.seed} already: name it otherwise."
+            )
+        self._makers[ref] = maker
+
+    def of(self, kind: str, language: str) -> dict[int, Ref]:
+        """By seed, the models of a kind that were made for a language, or for all of them.
+
+        Raises:
+            MomeError: there is no such model.
+        """
+        found = {ref.seed: ref for ref in self._makers if ref.kind == kind and ref.made_for in ("", language)}
+        if not found:
+            raise MomeError(f"The collection has no model of kind '{kind}' for '{language}': add its runs first.")
+        return found
 
     def states(self, ref: Ref, language: str) -> States:
         """A model's representations of a language's passages at every layer."""
@@ -117,6 +149,48 @@ def _expert(run: Run, name: str, untrained: bool) -> Reader:
     model = _model(run, untrained)
     assert isinstance(model, MomeForCausalLM)
     return expert_reader(model, name)
+
+
+# --------------------------------------------------------------------------------------------------------- pairs
+
+
+def teacher_pairs(models: Collection, kinds: Sequence[str], *, own: bool = True) -> list[Pair]:
+    """Models beside their own teacher (that of their seed), or each beside the teachers of the other seeds."""
+    return [
+        Pair(ref, teacher, language) for language in models.passages for kind in kinds
+        for ref in models.of(kind, language).values() for teacher in models.of("teacher", language).values()
+        if (ref.seed == teacher.seed) == own
+    ]
+
+
+def seed_pairs(models: Collection, kinds: Sequence[str]) -> list[Pair]:
+    """Two trainings of one kind that differ in their seed, each pair once: the ceiling."""
+    return [
+        Pair(a, b, language) for language in models.passages for kind in kinds
+        for a, b in combinations(models.of(kind, language).values(), 2)
+    ]
+
+
+def kind_pairs(models: Collection, kinds: Sequence[str]) -> list[Pair]:
+    """Models of two kinds, for every two kinds and every combination of their seeds."""
+    return [
+        Pair(a, b, language) for language in models.passages for first, second in combinations(kinds, 2)
+        for a in models.of(first, language).values() for b in models.of(second, language).values()
+    ]
+
+
+def expert_pairs(models: Collection, kinds: Sequence[str], *, own: bool = True) -> list[Pair]:
+    """A language's expert beside every other expert on that language: of the same seed, so of one mixture, or of the
+    other seeds."""
+    return [
+        Pair(a, b, language) for language in models.passages for kind in kinds
+        for a in models.of(kind, language).values()
+        for other in models.passages if other != language
+        for b in models.of(kind, other).values() if (a.seed == b.seed) == own
+    ]
+
+
+# --------------------------------------------------------------------------------------------------------- scores
 
 
 def pair_rows(
