@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import permutations
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from mome_utils.config import MomeError
 from mome_utils.continual import ContinualSpec
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mome_utils.study import Study
 
 __all__ = [
-    "COURSES", "SESSIONS", "Course", "continual_spec", "core_courses", "growing_spec", "learn_spec", "method_table",
+    "COURSES", "SESSIONS", "Course", "chosen_courses", "continual_spec", "growing_spec", "learn_spec", "method_table",
     "orders", "relearn_spec", "session_spec",
 ]
 
@@ -32,32 +32,32 @@ class Course:
         method: a key of :data:`~mome_utils.continual_methods.METHODS`.
         strength: of the method; 0 for ``plain``.
         label: what a reader sees.
-        core: whether it belongs to the notebook's core set.
+        tier: ``core`` and ``extended`` are the notebook's arms; ``further`` ones are trained when they are named.
         fresh: whether later stages begin with a fresh optimizer and a warm-up of their own.
     """
 
     method: str
     strength: float
     label: str
-    core: bool = False
+    tier: Literal["core", "extended", "further"] = "further"
     fresh: bool = False
 
 
-#: Sequential training with something done against forgetting, by arm. Pulls and distillation come at three strengths.
+#: Sequential training with something done against forgetting, by arm. Pulls and distillation have other strengths too.
 COURSES: Mapping[str, Course] = MappingProxyType({
     "replay_1": Course("replay", 0.01, "Replay 1 %"),
-    "replay_5": Course("replay", 0.05, "Replay 5 %", core=True),
-    "replay_20": Course("replay", 0.20, "Replay 20 %"),
+    "replay_5": Course("replay", 0.05, "Replay 5 %", tier="core"),
+    "replay_20": Course("replay", 0.20, "Replay 20 %", tier="extended"),
     "ewc_weak": Course("ewc", 10.0, "EWC, λ = 10"),
-    "ewc": Course("ewc", 100.0, "EWC, λ = 100", core=True),
+    "ewc": Course("ewc", 100.0, "EWC, λ = 100", tier="core"),
     "ewc_strong": Course("ewc", 1000.0, "EWC, λ = 1,000"),
     "l2_weak": Course("l2", 10.0, "L2 pull, λ = 10"),
-    "l2": Course("l2", 100.0, "L2 pull, λ = 100"),
+    "l2": Course("l2", 100.0, "L2 pull, λ = 100", tier="extended"),
     "l2_strong": Course("l2", 1000.0, "L2 pull, λ = 1,000"),
     "lwf_weak": Course("lwf", 0.3, "LwF, weight 0.3"),
-    "lwf": Course("lwf", 1.0, "LwF, weight 1"),
+    "lwf": Course("lwf", 1.0, "LwF, weight 1", tier="extended"),
     "lwf_strong": Course("lwf", 3.0, "LwF, weight 3"),
-    "rate_tenth": Course("rate", 0.1, "A tenth of the rate"),
+    "rate_tenth": Course("rate", 0.1, "A tenth of the rate", tier="extended"),
     "fresh_start": Course("plain", 0.0, "Fresh optimizer, new warm-up", fresh=True),
 })
 
@@ -67,9 +67,17 @@ SESSIONS: Mapping[str, ScheduleKind] = MappingProxyType({
 })
 
 
-def core_courses() -> tuple[str, ...]:
-    """The arms of :data:`COURSES` in the core set."""
-    return tuple(arm for arm, course in COURSES.items() if course.core)
+def chosen_courses(arms: str, further: Sequence[str] = ()) -> tuple[str, ...]:
+    """The arms of :data:`COURSES` that belong to ``core`` or ``extended``, and further ones by name, in their order.
+
+    Raises:
+        MomeError: an unknown name.
+    """
+    for arm in further:
+        if arm not in COURSES:
+            raise MomeError(f"There is no course '{arm}': choose from {', '.join(COURSES)}.")
+    tiers = ("core", "extended") if arms == "extended" else ("core",)
+    return tuple(arm for arm, course in COURSES.items() if course.tier in tiers or arm in further)
 
 
 def orders(study: Study) -> tuple[tuple[str, ...], ...]:
