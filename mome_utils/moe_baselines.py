@@ -36,7 +36,7 @@ from mome_utils.routing import TokenRouter
 
 __all__ = [
     "ORACLE", "ROUTED", "Scorer", "causal", "causal_logprobs", "expert_scorers", "score_ensembles", "score_soup",
-    "soft_name", "soup", "top_weights",
+    "soft_name", "soft_probabilities", "soup", "top_weights",
 ]
 
 #: Windows → log-probability in nats of each of their scored targets, [S] on the CPU.
@@ -150,6 +150,37 @@ def top_weights(probabilities: Tensor, top: int) -> Tensor:
     """The ``top`` largest of each row [B, L], scaled to add up to 1; 0 elsewhere."""
     values, places = probabilities.topk(top, dim=-1)
     return torch.zeros_like(probabilities).scatter_(-1, places, values / values.sum(-1, keepdim=True))
+
+
+@torch.inference_mode()
+def soft_probabilities(model: MomeForCausalLM, ids: Tensor, top: int = 2) -> Tensor:
+    """Next-token probabilities of the soft ensemble of a mixture's experts; with ``partial``, a function to time.
+
+    The router reads the same ids, and an expert runs only on the sequences that it has a weight for. As in
+    :func:`score_ensembles` it is probabilities that are averaged; ``model(ids, expert_weights=…)`` would average
+    log-probabilities.
+
+    Args:
+        model: with a fitted, calibrated router. MoE-CE's common expert takes no part.
+        ids: token ids, [B, T].
+        top: how many experts each sequence keeps.
+
+    Returns:
+        [B, T, V] float32; each position adds up to 1.
+
+    Raises:
+        MomeError: ``top`` outside the experts, or no fitted router.
+    """
+    if not 1 <= top <= len(model.languages):
+        raise MomeError(f"A soft ensemble of {len(model.languages)} experts keeps 1 to all of them, not {top}.")
+    ids = ids.to(model.device)
+    weights = top_weights(model.router_probabilities(ids), top).float()
+    mixed = torch.zeros(*ids.shape, model.config.vocab_size, device=ids.device)
+    for index in weights.any(0).nonzero().flatten().tolist():
+        rows, name = weights[:, index].nonzero().flatten(), model.languages[index]
+        answer = model.head(name)(model.expert_hidden(name, ids[rows])).float().softmax(-1)
+        mixed.index_add_(0, rows, answer.mul_(weights[rows, index, None, None]))
+    return mixed
 
 
 def soup(model: MomeForCausalLM) -> MomeForCausalLM:

@@ -16,7 +16,9 @@ from mome_utils.bench import alternate
 from mome_utils.config import MomeError
 from mome_utils.evaluation import Interval, bits_per_byte, interval, paired_interval
 
-__all__ = ["MEAN", "advantages", "against", "intervals_by_arm", "relative_times", "scores_by_arm", "text_of"]
+__all__ = [
+    "MEAN", "advantages", "against", "intervals_by_arm", "relative_times", "saved_rows", "scores_by_arm", "text_of",
+]
 
 #: The row of a table that is the mean over languages.
 MEAN = "mean"
@@ -71,15 +73,34 @@ def advantages(scores: pd.DataFrame, name: str, languages: Sequence[str]) -> pd.
     Returns:
         language, estimate (bits per byte, above zero where the right expert is better), low, high.
     """
+    right, wrong = _right_and_wrong(scores, name, languages)
+    return against({"wrong": wrong, "right": right}, "right", languages).drop(columns="arm")
+
+
+def saved_rows(scores: pd.DataFrame, name: str, languages: Sequence[str]) -> pd.DataFrame:
+    """The advantage of :func:`advantages` document by document, so that two mixtures' advantages can be paired.
+
+    Returns:
+        Long rows whose nats are those of the mean of the wrong experts minus the right one's: seed, language,
+        document, nats, bytes, tokens. Their bits per byte are the advantage, and
+        :func:`mome_utils.evaluation.paired_interval` of two such tables is the difference of two advantages.
+    """
+    right, wrong = _right_and_wrong(scores, name, languages)
+    both = right[[*KEYS, "nats", "bytes", "tokens"]].merge(wrong[[*KEYS, "nats"]], on=KEYS, suffixes=("", "_wrong"))
+    return both.assign(nats=both["nats_wrong"] - both["nats"]).drop(columns="nats_wrong")
+
+
+def _right_and_wrong(
+    scores: pd.DataFrame, name: str, languages: Sequence[str]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Rows of each document under its own language's expert, and of the mean over the other experts."""
     own, wrong = [], []
     for expert in languages:
         rows = scores[scores["setting"] == name.format(expert)]
         own.append(rows[rows["language"] == expert])
         wrong.append(rows[(rows["language"] != expert) & rows["language"].isin(languages)])
-    right = pd.concat(own, ignore_index=True)
     mean_of_wrong = pd.concat(wrong).groupby(KEYS, as_index=False)[["nats", "bytes", "tokens"]].mean()
-    arms = {"wrong": mean_of_wrong, "right": right}
-    return against(arms, "right", languages).drop(columns="arm")
+    return pd.concat(own, ignore_index=True), mean_of_wrong
 
 
 def relative_times(
@@ -99,7 +120,8 @@ def relative_times(
             default, which other work on the machine disturbs least.
 
     Returns:
-        arm, ratio (median over the rounds), low and high (smallest and largest round); the baseline has ratio 1.
+        arm, ratio (median over the rounds), low and high (smallest and largest round), and seconds of one call
+        (median over the rounds, on the machine that measured them); the baseline has ratio 1.
 
     Raises:
         MomeError: there is no such function.
@@ -108,11 +130,10 @@ def relative_times(
         raise MomeError(f"There is no function '{baseline}' to time against: there are {', '.join(functions)}.")
     rows = []
     for name, function in functions.items():
-        ratios = [1.0]
-        if name != baseline:
-            timed = alternate(function, functions[baseline], rounds=rounds, least_seconds=least_seconds, clock=clock)
-            ratios = list(timed.ratios)
-        rows.append({"arm": name, "ratio": float(np.median(ratios)), "low": min(ratios), "high": max(ratios)})
+        timed = alternate(function, functions[baseline], rounds=rounds, least_seconds=least_seconds, clock=clock)
+        ratios = [1.0] if name == baseline else list(timed.ratios)
+        rows.append({"arm": name, "ratio": float(np.median(ratios)), "low": min(ratios), "high": max(ratios),
+                     "seconds": float(np.median(timed.first))})
     return pd.DataFrame(rows)
 
 

@@ -20,8 +20,8 @@ from mome_utils.moe import MomeForCausalLM
 from mome_utils.moe_config import COMMON
 
 __all__ = [
-    "DOCUMENT", "WINDOWS", "Voice", "continuations", "coverage_curve", "expert_voices", "prompt_losses",
-    "prompt_panel", "switching_document", "token_losses",
+    "DOCUMENT", "WINDOWS", "Voice", "continuations", "coverage_curve", "expert_voices",
+    "misrouted_losses", "prompt_losses", "prompt_panel", "switching_document", "token_losses",
 ]
 
 #: Names of the two ways to route a document in :func:`token_losses`.
@@ -192,6 +192,32 @@ def prompt_losses(model: MomeForCausalLM, blocks: Mapping[str, np.ndarray], leng
             {"language": language, "length": length, "probability": sure.cpu().numpy(), "right": right} | nats
         ))
     return pd.concat(rows, ignore_index=True)
+
+
+@torch.inference_mode()
+def misrouted_losses(model: MomeForCausalLM, blocks: Mapping[str, np.ndarray]) -> pd.DataFrame:
+    """What a wrong route costs where there is one: blocks sent to another language's expert, and their two losses.
+
+    Args:
+        model: with a fitted router; the most probable expert counts, however sure the router is. MoE-CE's experts
+            answer with the common one, as trained.
+        blocks: language → token ids [n, T]. The router reads the whole block.
+
+    Returns:
+        One row per misrouted block, none where every route is right: language, expert (the one chosen), routed and
+        right (nats per token under the chosen and under the language's own expert).
+    """
+    rows = [pd.DataFrame(columns=["language", "expert", "routed", "right"]).astype({"routed": float, "right": float})]
+    for language, block in blocks.items():
+        ids = torch.from_numpy(block.astype(np.int64)).to(model.device)
+        routes, home = model.router_probabilities(ids).argmax(-1), model.languages.index(language)
+        ids, routes = ids[routes != home], routes[routes != home]
+        if len(ids):
+            asked = {"routed": routes, "right": torch.full_like(routes, home)}
+            nats = {name: _after(model, ids, model.mixing_weights(ids, routes=r), 1) for name, r in asked.items()}
+            experts = [model.languages[i] for i in routes.tolist()]
+            rows.append(pd.DataFrame({"language": language, "expert": experts} | nats))
+    return pd.concat(rows[1:] or rows, ignore_index=True)
 
 
 def _after(model: MomeForCausalLM, ids: Tensor, weights: Tensor, length: int, batch: int = 32) -> np.ndarray:

@@ -13,7 +13,7 @@ import torch
 from mome_utils import recipes
 from mome_utils.config import MomeError, Shape
 from mome_utils.corpus import Document
-from mome_utils.evaluation import encode_documents, score_documents, window_batches
+from mome_utils.evaluation import encode_documents, paired_interval, score_documents, window_batches
 from mome_utils.models import build_gpt2, parameter_count
 from mome_utils.moe import MomeForCausalLM, build_mome
 from mome_utils.moe_baselines import (
@@ -23,11 +23,12 @@ from mome_utils.moe_baselines import (
     score_ensembles,
     score_soup,
     soft_name,
+    soft_probabilities,
     soup,
     top_weights,
 )
 from mome_utils.moe_settings import score_settings, setting_parameters, settings
-from mome_utils.moe_tables import advantages, against, relative_times, scores_by_arm
+from mome_utils.moe_tables import advantages, against, relative_times, saved_rows, scores_by_arm
 from mome_utils.router_fit import fit_router
 from mome_utils.runs import run_key
 from mome_utils.study import Study
@@ -118,6 +119,33 @@ def test_the_top_one_is_the_hard_route_and_one_expert_for_all_needs_no_router(pl
         np.testing.assert_allclose(part["nats"], alone["nats"], rtol=1e-5)
 
 
+@pytest.mark.parametrize("top", [1, 2, 3])
+def test_the_model_that_is_timed_answers_as_the_soft_ensemble_that_is_scored(top, ple, router, tokenizer, documents):
+    """A document of one window each: the scores of the ensemble are those of the probabilities of its batch."""
+    short = [d for d in documents if len(encode_documents(tokenizer, [d])[0]) <= BLOCK]
+    assert {d.language for d in short} == set(LANGUAGES)
+    scored = score_ensembles(expert_scorers(ple), router, tokenizer, short, block_size=BLOCK, stride=STRIDE, top=top)
+    scored = scored[scored["setting"] == soft_name(top)].set_index(["language", "document"])["nats"]
+    for document, tokens in zip(short, encode_documents(tokenizer, short), strict=True):
+        ids = torch.tensor(tokens)[None].repeat(2, 1)
+        found = soft_probabilities(ple, ids, top)
+        torch.testing.assert_close(found.sum(-1), torch.ones(ids.shape))
+        nats = -found[1, :-1].gather(1, ids[1, 1:, None]).log().sum().item()
+        assert nats == pytest.approx(scored[document.language, document.id], rel=1e-4)
+
+
+def test_only_the_kept_experts_of_a_sequence_run(ple, tokenizer, documents, monkeypatch):
+    seen = []
+    plain = MomeForCausalLM.expert_hidden
+    monkeypatch.setattr(MomeForCausalLM, "expert_hidden",
+                        lambda self, name, ids: seen.append(len(ids)) or plain(self, name, ids))
+    ids = torch.tensor([tokens[:8] for tokens in encode_documents(tokenizer, documents)])
+    soft_probabilities(ple, ids, 2)
+    assert sum(seen) == 2 * len(ids)
+    with pytest.raises(MomeError, match="keeps 1 to all of them, not 4"):
+        soft_probabilities(ple, ids, 4)
+
+
 def test_top_weights_keep_the_largest_and_add_up():
     weights = top_weights(torch.tensor([[0.5, 0.2, 0.3], [0.1, 0.1, 0.8]], dtype=torch.float64), 2)
     torch.testing.assert_close(weights[0], torch.tensor([0.625, 0.0, 0.375], dtype=torch.float64))
@@ -193,6 +221,24 @@ def test_the_advantage_is_that_of_the_right_expert_over_the_mean_of_the_wrong():
         wrong = np.mean([dearer[h] for h in LANGUAGES if h != g])
         assert found[g] == pytest.approx(1 + wrong - dearer[g])
     assert found["mean"] == pytest.approx(1.0)
+    saved = saved_rows(scores, "{} alone", LANGUAGES)
+    assert len(saved) == len(base)
+    for g, part in saved.groupby("language"):
+        assert part["nats"].sum() / part["bytes"].sum() / np.log(2) == pytest.approx(found[g])
+
+
+def test_a_difference_of_advantages_is_paired_and_exact_where_nothing_varies():
+    base, other = two_arms()["a"], two_arms()["a"]
+    other = other.assign(nats=other["nats"] * 1.5)  # another mixture, whose documents are dearer
+
+    def experts(rows, worth):  # a wrong expert costs `worth` bits per byte more than the right one
+        return pd.concat([rows.assign(setting=f"{h} alone",
+                                      nats=rows["nats"] + 100 * np.log(2) * worth * (rows["language"] != h))
+                          for h in LANGUAGES])
+
+    a, b = (saved_rows(experts(rows, worth), "{} alone", LANGUAGES) for rows, worth in ((base, 0.5), (other, 0.75)))
+    effect = paired_interval(a, b)
+    np.testing.assert_allclose([effect.estimate, effect.low, effect.high], -0.25, atol=1e-9)
 
 
 def test_times_are_ratios_to_the_baseline():
@@ -207,6 +253,7 @@ def test_times_are_ratios_to_the_baseline():
     table = relative_times(functions, "one", rounds=3, clock=lambda: now[0]).set_index("arm")
     assert table.loc["one", "ratio"] == 1
     np.testing.assert_allclose(table.loc["three"], 3)
+    assert table["seconds"].tolist() == pytest.approx([1, 3])
     with pytest.raises(MomeError, match="no function 'two'"):
         relative_times(functions, "two")
 

@@ -99,6 +99,19 @@ def test_prompt_losses_are_those_of_the_model_that_abstains(model, blocks):
         moe_views.prompt_losses(model, blocks, BLOCK)
 
 
+def test_misrouted_blocks_are_those_of_another_language_and_have_both_losses(model, blocks):
+    assert moe_views.misrouted_losses(model, blocks).empty
+    strangers = {"en": np.concatenate([blocks["en"][:2], blocks["de"][:3]]), "fr": blocks["fr"]}
+    rows = moe_views.misrouted_losses(model, strangers)
+    assert rows["language"].tolist() == ["en"] * 3 and rows["expert"].tolist() == ["de"] * 3
+    ids = torch.from_numpy(blocks["de"][:3])
+    with torch.inference_mode():
+        losses = {name: [model(one[None], routes=torch.tensor([i]), labels=one[None]).loss.item() for one in ids]
+                  for name, i in (("routed", 2), ("right", 0))}
+    for name, expected in losses.items():
+        np.testing.assert_allclose(rows[name], expected, rtol=1e-4)
+
+
 def test_coverage_falls_with_the_threshold_and_its_ends_are_known():
     rows = pd.DataFrame({"length": 8, "probability": [0.4, 0.6, 0.8, 0.9], "right": [False, True, True, True],
                          "routed": [4.0, 2.0, 2.0, 2.0], "fallback": 3.0})
