@@ -57,7 +57,7 @@ COURSES: Mapping[str, Course] = MappingProxyType({
     "lwf_weak": Course("lwf", 0.3, "LwF, weight 0.3"),
     "lwf": Course("lwf", 1.0, "LwF, weight 1", tier="extended"),
     "lwf_strong": Course("lwf", 3.0, "LwF, weight 3"),
-    "rate_tenth": Course("rate", 0.1, "A tenth of the rate", tier="extended"),
+    "rate_tenth": Course("rate", 0.1, "A tenth of the rate"),
     "fresh_start": Course("plain", 0.0, "Fresh optimizer, new warm-up", fresh=True),
 })
 
