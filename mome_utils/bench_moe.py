@@ -44,8 +44,9 @@ def moe(
     Three kinds of work for each variant: ``forward`` and ``training`` (forward, loss and backward) of a batch of
     mixed sequences, against the same sequences as one batch per language; and ``token``: greedy generation from one
     prompt, against a plain GPT-2 of equal active size: the expert alone, or for MoE-CE, where the common expert
-    answers too, one with as many blocks as both. Each is routed by the model's own router. One thread; what is
-    counted is the time that the process computes.
+    answers too, one with as many blocks as both. MoE-CE has one work more, ``token, one expert``: the same text
+    against its routed expert alone, which is half of what computes. Each is routed by the model's own router. One
+    thread; what is counted is the time that the process computes.
 
     Args:
         root: not needed; every benchmark takes it.
@@ -56,8 +57,8 @@ def moe(
         least_seconds: see `alternate`. seed: of weights and texts.
 
     Returns:
-        For each work: milliseconds of both (medians over the rounds; per token for ``token``), their ratio (median,
-        lowest and highest round), and the largest difference between their logits.
+        For each work: milliseconds of both (medians over the rounds; per generated token for ``token``), their ratio
+        (median, lowest and highest round), and the largest difference between their logits.
 
     Raises:
         MomeError: the two differ, or the batch does not divide by the languages.
@@ -77,8 +78,12 @@ def moe(
                 works = {
                     "forward": _forward(model, texts, order, timed),
                     "training": _training(model, texts, order, timed),
-                    "token": _token(model, shape, texts[0][:1, : block - new_tokens], new_tokens, seed, timed),
                 }
+                prompt = texts[0][:1, : block - new_tokens]
+                works["token"] = _token(model, _alone(model, shape, seed), prompt, new_tokens, timed)
+                if model.common is not None:
+                    one = _alone(model, shape, seed, common=False)
+                    works["token, one expert"] = _token(model, one, prompt, new_tokens, timed)
             for work, (times, difference, count) in works.items():
                 first, second = (1000 / count * float(np.median(seconds)) for seconds in (times.first, times.second))
                 rows.append({
@@ -158,17 +163,14 @@ def _training(model: MomeForCausalLM, texts: Sequence[Tensor], order: Tensor, ti
 
 
 @torch.no_grad()
-def _token(
-    model: MomeForCausalLM, shape: Shape, prompt: Tensor, count: int, seed: int, timed: _Timed
-) -> _Work:
-    """A text from the mixture, against one from a plain GPT-2 of equal active size."""
-    plain: Any = _alone(model, shape, seed)
+def _token(model: MomeForCausalLM, plain: Any, prompt: Tensor, count: int, timed: _Timed) -> _Work:
+    """A text from the mixture, against one from a plain GPT-2."""
     options: dict[str, Any] = dict(
         attention_mask=torch.ones_like(prompt), max_new_tokens=count, do_sample=False, eos_token_id=None,
     )
     difference = 0.0
-    if model.common is None:
-        difference = _small(model(prompt).logits - plain(prompt).logits)
+    if plain.config.n_layer == model.config.n_layer:  # the routed expert alone: what a row of weights 1 gives
+        difference = _small(model(prompt, use_common=False).logits - plain(prompt).logits)
 
     def routed() -> object:
         return model.generate(prompt, **options)
@@ -179,10 +181,10 @@ def _token(
     return timed(routed, alone), difference, count
 
 
-def _alone(model: MomeForCausalLM, shape: Shape, seed: int) -> GPT2LMHeadModel:
-    """The first language's expert as a plain GPT-2; for MoE-CE one with the blocks of both experts in a row."""
+def _alone(model: MomeForCausalLM, shape: Shape, seed: int, common: bool = True) -> GPT2LMHeadModel:
+    """The first language's expert as a plain GPT-2; with MoE-CE's ``common`` one the blocks of both in a row."""
     gpt2 = model.config.gpt2
-    layers = shape.layers * (1 if model.common is None else 2)
+    layers = shape.layers * (2 if common and model.common is not None else 1)
     plain = build_gpt2(
         Shape(layers, shape.width, shape.heads), vocab_size=gpt2.vocab_size, block_size=gpt2.n_positions, seed=seed,
         bos=BOS, eos=EOS,
@@ -193,7 +195,7 @@ def _alone(model: MomeForCausalLM, shape: Shape, seed: int) -> GPT2LMHeadModel:
         return plain
     plain.lm_head.weight = model.lm_head.weight  # untied, as in the mixture
     plain.transformer.wte, plain.transformer.wpe = model.wte, model.wpe
-    stacks = [part for part in (expert, model.common) if isinstance(part, Expert)]
+    stacks = [part for part in (expert, model.common if common else None) if isinstance(part, Expert)]
     for place, block in enumerate(block for stack in stacks for block in stack.h):
         plain.transformer.h[place].load_state_dict(block.state_dict())
     plain.transformer.ln_f.load_state_dict(stacks[0].ln_f.state_dict())

@@ -72,9 +72,11 @@ class Generation(Inference):
             reroute_above: probability that another expert needs in order to take over.
 
         Raises:
-            MomeError: as `forward`, or re-routing with numbers out of range.
+            MomeError: as `forward`, a token outside the vocabulary, or re-routing with numbers out of range.
         """
         prompt = inputs if inputs is not None else kwargs.get("input_ids")
+        if prompt is not None:
+            self._check_tokens(prompt)
         if prompt is not None and expert_weights is None:
             expert_weights = self.mixing_weights(prompt, kwargs.get("attention_mask"), routes, use_common)
         if reroute_every is not None:
@@ -83,7 +85,8 @@ class Generation(Inference):
             start = 1 if prompt is None else prompt.shape[1]
             kwargs["rerouting"] = Rerouting(reroute_every, window, reroute_above, start)
         if expert_weights is not None:
-            kwargs["expert_weights"] = expert_weights
+            # Checked here too, so that texts with a cache and without compare the same weights.
+            kwargs["expert_weights"] = self._checked_weights(expert_weights)
         return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
 
     def prepare_inputs_for_generation(
@@ -109,6 +112,17 @@ class Generation(Inference):
             attention_mask=attention_mask, expert_weights=expert_weights, **kwargs,
         )
         return found
+
+    def _check_tokens(self, input_ids: Tensor) -> None:
+        """Look for a token that no embedding knows (on a GPU it would end the process)."""
+        if not input_ids.numel():
+            return
+        low, high = (int(bound) for bound in torch.aminmax(input_ids))
+        if low < 0 or high >= self.config.vocab_size:
+            raise MomeError(
+                f"The prompt's tokens lie from {low} to {high} but the model knows 0 to "
+                f"{self.config.vocab_size - 1}: use the tokenizer of the model."
+            )
 
     def _rerouted(
         self, weights: Tensor, input_ids: Tensor, attention_mask: Tensor | None, rerouting: Rerouting

@@ -9,23 +9,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mome_utils.config import MomeError
 from mome_utils.moe_config import COMMON, MomeConfig
+from mome_utils.moe_identity import function_of, vocabulary_digest, vocabulary_in
 from mome_utils.moe_inference import Absent, Inference
 from mome_utils.routing import TokenRouter
 
 __all__ = ["Growth", "without_language"]
 
-#: Settings of a GPT-2 that change what it computes.
-_FUNCTION = (
-    "vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "activation_function",
-    "layer_norm_epsilon", "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn",
-    "add_cross_attention", "tie_word_embeddings",
-)
+#: transformers' name for the weights of a model.
+_WHOLE = "model.safetensors"
 
 
 class Growth(Inference):
@@ -52,11 +48,11 @@ class Growth(Inference):
         """
         if not experts:
             raise MomeError("A mixture needs at least two experts, and none was given.")
-        _check_tokenizers({n: Path(source) for n, source in experts.items() if isinstance(source, str | Path)})
+        vocabulary = _common_vocabulary({n: Path(s) for n, s in experts.items() if isinstance(s, str | Path)})
         models = {name: _gpt2(source) for name, source in experts.items()}
         first, *others = models
         for name in others:
-            if _function_of(models[name].config) != _function_of(models[first].config):
+            if function_of(models[name].config) != function_of(models[first].config):
                 raise MomeError(
                     f"The experts '{first}' and '{name}' differ in shape or vocabulary: "
                     "train all experts with one shape and one tokenizer."
@@ -70,6 +66,7 @@ class Growth(Inference):
         ))
         for own, student in zip(model.experts, models.values(), strict=True):
             own.load_state_dict(student.state_dict())
+        model.vocabulary = vocabulary_digest(vocabulary)
         if router is not None:
             model.set_router(router)
         return cast(Self, model.train(models[first].training))
@@ -92,18 +89,25 @@ class Growth(Inference):
                 (`router_growth.add_language`), where no router is given. With neither, calls need routes.
 
         Raises:
-            MomeError: a name that is taken, an expert of another shape or vocabulary, or a router that does not fit;
-                nothing has changed then.
+            MomeError: a name that is taken, an expert of another shape or vocabulary, a folder with another
+                tokenizer than the model's (where that is known), or a router that does not fit; nothing has changed
+                then.
         """
         languages = (*self.languages, name)
         if name in (*self.languages, COMMON):
             raise MomeError(f"The model already has an expert '{name}': choose another name.")
+        if isinstance(expert, str | Path) and self.vocabulary is not None:
+            if vocabulary_digest(vocabulary_in(Path(expert))) not in (None, self.vocabulary):
+                raise MomeError(
+                    f"The expert '{name}' has another tokenizer than the model: "
+                    "a mixture needs experts that were trained with one tokenizer."
+                )
         template = next(own for own in self.experts if not isinstance(own, Absent))
         new = _filled(template, _gpt2(expert) if isinstance(expert, str | Path) else expert, name)
         if router is None and sequences is not None:
             from mome_utils.router_growth import add_language  # scikit-learn is heavy, and only this needs it
 
-            router = add_language(self._fitted_router().cpu(), name, sequences)
+            router = add_language(deepcopy(self._fitted_router()).cpu(), name, sequences)
         grown = self._routed(languages, router)
         self.experts.append(new)
         if self.config.active_experts is not None:
@@ -172,11 +176,6 @@ def without_language(router: TokenRouter, name: str) -> TokenRouter:
     return smaller
 
 
-def _function_of(config: GPT2Config) -> dict[str, Any]:
-    """The settings of a GPT-2 that change what it computes (not how it was trained or loaded)."""
-    return {key: getattr(config, key) for key in _FUNCTION}
-
-
 def _gpt2(source: nn.Module | Path | str) -> GPT2LMHeadModel:
     """The GPT-2 itself, or the one in a folder, in float32."""
     if isinstance(source, GPT2LMHeadModel):
@@ -193,7 +192,12 @@ def _gpt2(source: nn.Module | Path | str) -> GPT2LMHeadModel:
             f"'{Path(source).name}' is not the folder of a GPT-2: "
             "give a folder that GPT2LMHeadModel.save_pretrained wrote."
         )
-    return GPT2LMHeadModel.from_pretrained(source, local_files_only=True, dtype=torch.float32)
+    if not any((Path(source) / file).is_file() for file in (_WHOLE, f"{_WHOLE}.index.json")):
+        raise MomeError(
+            f"'{Path(source).name}' holds no '{_WHOLE}': save the GPT-2 again, as transformers does by default."
+        )
+    # Never a pickle, whatever else lies in the folder.
+    return GPT2LMHeadModel.from_pretrained(source, local_files_only=True, dtype=torch.float32, use_safetensors=True)
 
 
 def _filled(template: nn.Module, source: nn.Module, name: str) -> nn.Module:
@@ -207,7 +211,7 @@ def _filled(template: nn.Module, source: nn.Module, name: str) -> nn.Module:
         state = {k: v for k, v in source.transformer.state_dict().items() if k.startswith(("h.", "ln_f."))}
     config, own = getattr(source, "config", None), cast(GPT2Config, template.config)
     shapes = {key: tensor.shape for key, tensor in template.state_dict().items()}
-    same = isinstance(config, GPT2Config) and _function_of(config) == _function_of(own)
+    same = isinstance(config, GPT2Config) and function_of(config) == function_of(own)
     if not same or {key: tensor.shape for key, tensor in state.items()} != shapes:
         raise MomeError(
             f"The expert '{name}' differs from the others in shape or vocabulary: "
@@ -218,13 +222,13 @@ def _filled(template: nn.Module, source: nn.Module, name: str) -> nn.Module:
     return new
 
 
-def _check_tokenizers(folders: Mapping[str, Path]) -> None:
-    """Compare the tokenizers that lie in the experts' folders.
+def _common_vocabulary(folders: Mapping[str, Path]) -> dict[str, int] | None:
+    """The one vocabulary of the tokenizers that lie in the experts' folders; ``None`` where none does.
 
     Raises:
         MomeError: two of them differ.
     """
-    found = {name: vocabulary for name, folder in folders.items() if (vocabulary := _vocabulary(folder)) is not None}
+    found = {name: vocabulary for name, folder in folders.items() if (vocabulary := vocabulary_in(folder)) is not None}
     for name in found:
         first = next(iter(found))
         if found[name] != found[first]:
@@ -232,13 +236,4 @@ def _check_tokenizers(folders: Mapping[str, Path]) -> None:
                 f"The experts '{first}' and '{name}' have different tokenizers: "
                 "a mixture needs experts that were trained with one tokenizer."
             )
-
-
-def _vocabulary(folder: Path) -> dict[str, int] | None:
-    """Tokens and their ids of the tokenizer in a folder; ``None`` where there is none."""
-    whole, words = folder / "tokenizer.json", folder / "vocab.json"
-    if whole.is_file():
-        return Tokenizer.from_file(str(whole)).get_vocab(with_added_tokens=True)
-    if words.is_file():
-        return cast(dict[str, int], json.loads(words.read_text(encoding="utf-8")))
-    return None
+    return next(iter(found.values()), None)

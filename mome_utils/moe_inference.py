@@ -22,6 +22,9 @@ from mome_utils.routing import ABSTAIN, TokenRouter
 
 __all__ = ["Absent", "Inference"]
 
+#: An expert with less weight than this does not answer: float32 would lose it beside an answer of weight 1.
+_LEAST = 1e-6
+
 
 class Absent(nn.Module):
     """The place of an expert whose weights were left on disk."""
@@ -36,6 +39,9 @@ class Inference:
         router: TokenRouter
         common: nn.Module | None
         training: bool
+
+    #: Digest of the experts' vocabulary (`moe_identity.vocabulary_digest`), where their tokenizer is known.
+    vocabulary: str | None = None
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -148,7 +154,8 @@ class Inference:
             share: Tensor | float = 0.5
             if self.config.combine == "router" and not self.training:
                 sure = self.router_probabilities(input_ids, attention_mask)
-                share = sure.gather(1, routes.clamp(min=0)[:, None]).to(weights)[told]
+                # A share that rounds to 1 would leave the common expert out, and its cache empty for later tokens.
+                share = sure.gather(1, routes.clamp(min=0)[:, None]).to(weights)[told].clamp(max=1 - 2**-24)
             weights[told, :-1] *= share
             weights[told, -1] = 1 - weights[told, :-1].sum(1)
         elif not told.all():
@@ -180,15 +187,25 @@ class Inference:
         return cast(LongTensor, routes)
 
     def _checked_weights(self, weights: Tensor) -> Tensor:
-        """Weights [B, E + 1] of active experts; each row adds up to 1."""
+        """Weights [B, E + 1] of active experts, float32; each row adds up to 1, and no expert weighs less than 1e-6.
+
+        Raises:
+            MomeError: another shape or type, a negative number, a row that adds up to something else, an expert
+                that is not active, or a weight for a common expert that is not there.
+        """
         columns = len(self.languages) + 1
         if weights.dim() != 2 or weights.shape[1] != columns or not weights.is_floating_point():
             raise MomeError(
                 f"expert_weights holds one row of {columns} numbers per sequence (each expert's, then the common "
                 f"expert's), not {weights.dtype} of shape {tuple(weights.shape)}."
             )
-        if (weights < 0).any() or ((weights.sum(1) - 1).abs() > 1e-4).any():
+        if not (weights >= 0).all() or not ((weights.sum(1) - 1).abs() <= 1e-4).all():  # also where one is no number
             raise MomeError("The rows of expert_weights must hold no negative number and add up to 1.")
+        # A second expert that rounding loses beside 1 would make a row plain and mixed at once. The common expert
+        # keeps the least weight: it may have to answer later tokens.
+        weights = weights.float()
+        weights = torch.cat([weights[:, :-1].masked_fill(weights[:, :-1] < _LEAST, 0), weights[:, -1:]], 1)
+        weights = weights / weights.sum(1, keepdim=True)
         used = weights.gt(0).any(0).tolist()
         if used[-1] and self.common is None:
             raise MomeError(f"The variant {self.config.variant} has no common expert: give it the weight 0.")

@@ -3,7 +3,9 @@
 A folder holds ``shared.safetensors`` (router, embeddings, output projection, common expert), an
 ``expert-<language>.safetensors`` for each expert, and ``model.safetensors.index.json``, transformers' own index of a
 model in several files, here with the SHA-256 of each. So one expert can be shipped, replaced or left on disk, any
-``from_pretrained`` reads the folder, and a wrong file is found before any of it is used.
+``from_pretrained`` reads the folder, and a wrong file is found before any of it is used. Each expert's file names in
+its metadata the function that the expert computes and, where it is known, the vocabulary that it reads (see
+`moe_identity`); files without these, as earlier versions wrote them, are as welcome.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 from urllib.parse import quote
 
 import safetensors
@@ -26,6 +28,14 @@ from transformers import GenerationConfig
 from mome_utils.artifacts import DamagedArtifact, file_digest, write_atomic
 from mome_utils.config import MomeError
 from mome_utils.moe_config import MomeConfig
+from mome_utils.moe_identity import (
+    check_tensors,
+    expected_tensors,
+    expert_digest,
+    read_config,
+    vocabulary_digest,
+    vocabulary_in,
+)
 from mome_utils.moe_inference import Inference
 
 __all__ = ["INDEX", "SHARED", "Index", "Shards", "read_index", "replace_expert"]
@@ -47,7 +57,7 @@ class Index:
         files: file of each expert, by language, in the order of their routes.
         digests: SHA-256 of each file, by name.
         tensors: file of each tensor, by name.
-        metadata: sizes that transformers keeps.
+        metadata: what transformers keeps, and where it is known the digest of the experts' ``vocabulary``.
     """
 
     folder: Path
@@ -91,16 +101,23 @@ def read_index(folder: Path | str) -> Index:
         metadata = dict(facts["metadata"])
         files, digests = metadata.pop("experts"), metadata.pop("sha256")
         tensors = facts["weight_map"]
-        complete = {SHARED, *files.values()} == set(digests) == {SHARED, *tensors.values()}
+        parts = (files, digests, tensors)
+        plain = all(isinstance(part, dict) and all(isinstance(v, str) for v in part.values()) for part in parts)
+        complete = plain and {SHARED, *files.values()} == set(digests) == {SHARED, *tensors.values()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise _unreadable(path, "it is not the index of a mixture") from None
-    if not complete or any(Path(file).name != file for file in digests):
+        plain = False
+    if not plain:
+        raise _unreadable(path, "it is not the index of a mixture")
+    if not complete or len({*files.values()}) < len(files) or not all(map(_is_expert, files.values())):
         raise _unreadable(path, "the files that it names do not fit together")
     return Index(Path(folder), files, digests, tensors, metadata)
 
 
 def replace_expert(folder: Path | str, name: str, source: Path | str, source_name: str | None = None) -> None:
     """Put another expert of the same shape in the place of one, on disk; no other file but the index changes.
+
+    The expert's file is replaced first and the index after it. If the machine stops between the two, the folder
+    does not load until the call is repeated; nothing is lost.
 
     Args:
         folder: of a saved mixture.
@@ -109,28 +126,45 @@ def replace_expert(folder: Path | str, name: str, source: Path | str, source_nam
         source_name: the expert to take from a folder; by default ``name``.
 
     Raises:
-        MomeError: an unknown expert, or one of another shape.
-        DamagedArtifact: the index, or the source, cannot be used.
+        MomeError: an unknown expert, or one of another shape, number type, variant, function or tokenizer. A file
+            that an earlier version wrote says nothing of the last three.
+        DamagedArtifact: the index, the configuration, or the source cannot be used.
     """
     index = read_index(folder)
     if name not in index.files:
         raise MomeError(f"This mixture has no expert '{name}' to replace: its experts are {', '.join(index.files)}.")
-    source = Path(source)
+    config, source = read_config(index.folder), Path(source)
+    _check_order(config, index)
+    kind, words = expert_digest(config), index.metadata.get("vocabulary")
     if source.is_dir():
         other, source_name = read_index(source), source_name or name
         if source_name not in other.files:
             raise MomeError(f"The other mixture has no expert '{source_name}': it has {', '.join(other.files)}.")
+        facts = {"function": expert_digest(read_config(source)), "vocabulary": other.metadata.get("vocabulary")}
         source = other.check([source_name])[1]
-    place = f"experts.{list(index.files).index(name)}."
-    new = {place + key: tensor for key, tensor in _expert_tensors(source).items()}
-    own = {key for key, file in index.tensors.items() if file == index.files[name]}
-    shapes = _known_shapes(index)
-    if set(new) != own or any(shapes.get(_inner(k), tuple(t.shape)) != tuple(t.shape) for k, t in new.items()):
+        tensors, _ = _expert_tensors(source)
+    else:
+        tensors, facts = _expert_tensors(source)
+    place = f"experts.{config.languages.index(name)}."
+    new = {place + key: tensor for key, tensor in tensors.items()}
+    expected = {key: shape for key, shape in expected_tensors(config, index.files).items() if key.startswith(place)}
+    same = {key: tuple(tensor.shape) for key, tensor in new.items()} == expected
+    if not same or facts.get("function") not in (None, kind):
         raise MomeError(
-            f"The expert in '{source.name}' has another shape than those of this mixture: "
-            "only an expert of the same variant, depth, width and vocabulary can take the place."
+            f"The expert in '{source.name}' has another shape than those of this mixture, or computes something else: "
+            "only an expert of the same variant, depth, width, heads and vocabulary can take the place."
         )
-    data = safetensors.torch.save(new, metadata={"format": "pt"})
+    if config.dtype is not None and any(t.is_floating_point() and t.dtype != config.dtype for t in new.values()):
+        raise MomeError(
+            f"The numbers of the expert in '{source.name}' are not {config.dtype} as in this mixture: "
+            "save the expert's model in that type first."
+        )
+    if words is not None and facts.get("vocabulary") not in (None, words):
+        raise MomeError(
+            f"The expert in '{source.name}' was trained with another tokenizer than this mixture: "
+            "only an expert that reads the same tokens can take the place."
+        )
+    data = safetensors.torch.save(new, metadata=_facts(kind, words))
     target = index.folder / index.files[name]
     write_atomic(target, data)
     Index(
@@ -158,17 +192,24 @@ class Shards(Inference):
             kwargs: as in transformers; files are never split further, whatever ``max_shard_size`` says.
 
         Raises:
-            MomeError: ``push_to_hub``.
+            MomeError: ``push_to_hub``, or a folder whose other experts were left on disk and would be deleted.
         """
         if push_to_hub:
             raise MomeError("A mixture is saved to a folder: save it without push_to_hub, then upload the folder.")
         if not is_main_process:
             return
         folder = Path(save_directory)
+        files = {name: f"expert-{quote(name, safe='')}.safetensors" for name in self._there}
+        earlier = _earlier(folder)
+        lost = [name for name in earlier if name in self.languages and name not in files]
+        if lost:
+            raise MomeError(
+                f"Saving here would delete the experts {', '.join(lost)}, which were left on disk: "
+                "save to another folder, or load the model with active_experts=None first."
+            )
         folder.mkdir(parents=True, exist_ok=True)
         state: dict[str, Tensor] = self.state_dict() if state_dict is None else state_dict  # type: ignore[attr-defined]
         kwargs["max_shard_size"] = max(1, sum(t.numel() * t.element_size() for t in state.values()))
-        files = {name: f"expert-{quote(name, safe='')}.safetensors" for name in self._there}
         place = {f"experts.{i}.": files[name] for i, name in enumerate(self.languages) if name in files}
         parts: dict[str, dict[str, Tensor]] = {file: {} for file in (SHARED, *files.values())}
         tied: Mapping[str, str] = self.all_tied_weights_keys  # type: ignore[attr-defined]
@@ -182,16 +223,19 @@ class Shards(Inference):
             os.replace(Path(work, _WHOLE), Path(work, SHARED))
             with safe_open(Path(work, SHARED), "pt") as shared:
                 tensors |= dict.fromkeys(shared.keys(), SHARED)
+            facts = _facts(expert_digest(self.config), self.vocabulary)
             for file, part in parts.items():
-                safetensors.torch.save_file(part, Path(work, file), metadata={"format": "pt"})
+                safetensors.torch.save_file(part, Path(work, file), metadata=facts)
                 tensors |= dict.fromkeys(part, file)
             written = (SHARED, *parts)
             digests = {file: file_digest(Path(work, file)) for file in written}
-            stale = {_WHOLE, *_indexed(folder)} - set(written)
+            stale = {_WHOLE, *earlier.values()} - set(written)
             for file in (*written, _CONFIG, _GENERATION):
                 if Path(work, file).is_file():
                     os.replace(Path(work, file), folder / file)
         metadata = {"format": "pt", "total_size": kwargs["max_shard_size"]}
+        if self.vocabulary is not None:
+            metadata["vocabulary"] = self.vocabulary
         Index(folder, files, digests, dict(sorted(tensors.items())), metadata).write()
         for file in stale:
             (folder / file).unlink(missing_ok=True)
@@ -203,6 +247,8 @@ class Shards(Inference):
     ) -> Self:
         """transformers' ``from_pretrained``; of a folder in shards only those of active experts are read.
 
+        Weights are read from safetensors only: what else lies in the folder is never opened.
+
         Args:
             pretrained_model_name_or_path: folder that `save_pretrained` wrote.
             config: instead of the folder's.
@@ -210,68 +256,107 @@ class Shards(Inference):
                 experts on disk (their files may be missing), ``active_experts=None`` loads all of them.
 
         Raises:
-            DamagedArtifact: a file that is needed is missing, cut short, changed, or another model's.
+            DamagedArtifact: a file that is needed is missing, cut short, changed, or another model's; or the
+                configuration is not that of the files.
             MomeError: unknown active experts, or none.
         """
         load: Any = super().from_pretrained  # type: ignore[misc]
-        folder = None if pretrained_model_name_or_path is None else Path(pretrained_model_name_or_path)
-        if folder is None or kwargs.get("subfolder") or not (folder / INDEX).is_file():
-            return load(pretrained_model_name_or_path, *args, config=config, **kwargs)
+        kwargs["use_safetensors"] = True
+        if pretrained_model_name_or_path is None:
+            return load(None, *args, config=config, **kwargs)
+        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        if (folder / INDEX).is_file():
+            kwargs.pop("subfolder", None)
+            loaded = cls._from_shards(load, folder, args, config, kwargs)
+        else:
+            loaded = load(pretrained_model_name_or_path, *args, config=config, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
+        if model.vocabulary is None:
+            model.vocabulary = vocabulary_digest(vocabulary_in(folder))
+        return cast(Self, loaded)
+
+    @classmethod
+    def _from_shards(
+        cls, load: Any, folder: Path, args: tuple[Any, ...], config: MomeConfig | str | os.PathLike[str] | None,
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """What ``load``, transformers' ``from_pretrained``, makes of a folder with an index."""
         index = read_index(folder)
         if not isinstance(config, MomeConfig):
             own = {key: kwargs.pop(key) for key in MomeConfig.__annotations__ if key in kwargs}
-            config = MomeConfig.from_pretrained(config or folder, **own)
+            config = read_config(folder, **own) if config is None else MomeConfig.from_pretrained(config, **own)
         config.check()
         for name in config.active:
             if name not in index.files:
                 raise MomeError(f"This folder has no expert '{name}': it was saved with {', '.join(index.files)}.")
+        _check_order(config, index)
         needed = index.check(config.active)
+        check_tensors(config, needed, shapes=not kwargs.get("ignore_mismatched_sizes"))
         if len(config.active) == len(config.languages):
-            return load(folder, *args, config=config, **kwargs)
-        state: dict[str, Tensor] = {}
-        for file in needed:
-            with safe_open(file, "pt") as opened:
-                state |= {key: opened.get_tensor(key) for key in opened.keys()}
-        if (folder / _GENERATION).is_file():
-            kwargs.setdefault("generation_config", GenerationConfig.from_pretrained(folder))
-        model = load(None, *args, config=config, state_dict=state, **kwargs)
+            loaded = load(folder, *args, config=config, **kwargs)
+        else:
+            state: dict[str, Tensor] = {}
+            for file in needed:
+                with safe_open(file, "pt") as opened:
+                    state |= {key: opened.get_tensor(key) for key in opened.keys()}
+            if (folder / _GENERATION).is_file():
+                kwargs.setdefault("generation_config", GenerationConfig.from_pretrained(folder))
+            loaded = load(None, *args, config=config, state_dict=state, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.config.name_or_path = str(folder)
-        return model
+        model.vocabulary = index.metadata.get("vocabulary")
+        return loaded
 
 
-def _inner(key: str) -> str:
-    """Name of an expert's tensor within the expert."""
-    return key.split(".", 2)[2]
+def _check_order(config: MomeConfig, index: Index) -> None:
+    """Compare the places of the experts in the configuration and in the index.
+
+    Raises:
+        DamagedArtifact: they differ.
+    """
+    names = [name for name in config.languages if name in index.files]
+    prefix = {SHARED: ""} | {
+        index.files[name]: f"experts.{i}." for i, name in enumerate(config.languages) if name in index.files
+    }
+    if names != list(index.files) or any(not k.startswith(prefix[file]) for k, file in index.tensors.items()):
+        raise DamagedArtifact(
+            "The configuration names other experts than the index of the model, or in another order: "
+            "copy both again from the saved model."
+        )
 
 
-def _expert_tensors(file: Path) -> dict[str, Tensor]:
-    """Tensors of one expert by their names within it, read from its file."""
+def _is_expert(file: str) -> bool:
+    """Whether a name is one that an expert's file may have: no other file is ever read or deleted."""
+    return Path(file).name == file and file.startswith("expert-") and file.endswith(".safetensors")
+
+
+def _facts(function: str, vocabulary: str | None) -> dict[str, str]:
+    """Metadata of an expert's file."""
+    return {"format": "pt", "function": function} | ({} if vocabulary is None else {"vocabulary": vocabulary})
+
+
+def _expert_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors of one expert by their names within it, and the metadata of its file."""
     if not file.is_file():
         raise DamagedArtifact(f"There is no file '{file.name}' to take an expert from: give a file, or a folder.")
     try:
-        tensors = safetensors.torch.load(file.read_bytes())
+        with safe_open(file, "pt") as opened:
+            facts = opened.metadata() or {}
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}
     except (safetensors.SafetensorError, KeyError):  # KeyError: a number type that torch does not have
         raise DamagedArtifact(f"'{file.name}' is damaged or no safetensors file: copy it again.") from None
     places = {tuple(key.split(".", 2)[:2]) for key in tensors}
     if len(places) != 1 or next(iter(places))[0] != "experts":
         raise DamagedArtifact(f"'{file.name}' is not the file of one expert: give an expert-….safetensors file.")
-    return {_inner(key): tensor for key, tensor in tensors.items()}
+    return {key.split(".", 2)[2]: tensor for key, tensor in tensors.items()}, facts
 
 
-def _known_shapes(index: Index) -> dict[str, tuple[int, ...]]:
-    """Shape of each tensor of an expert by its name within it, from the first expert whose file is there."""
-    for file in index.files.values():
-        if (index.folder / file).is_file():
-            return {key: tuple(tensor.shape) for key, tensor in _expert_tensors(index.folder / file).items()}
-    return {}
-
-
-def _indexed(folder: Path) -> set[str]:
-    """Files of an earlier save into a folder; none where there is no index of ours."""
+def _earlier(folder: Path) -> Mapping[str, str]:
+    """Files of the experts, by language, that an earlier save into a folder left; none without an index of ours."""
     try:
-        return set(read_index(folder).digests)
+        return read_index(folder).files
     except DamagedArtifact:
-        return set()
+        return {}
 
 
 def _unusable(file: Path, what: str, why: str) -> DamagedArtifact:

@@ -38,8 +38,9 @@ def moved(model, seed: int = 0):
 
 
 def build(variant: str, router=None, seed: int = 0, languages=LANGUAGES, **options) -> MomeForCausalLM:
-    """A small mixture in evaluation mode."""
+    """A small mixture in evaluation mode, with the attention that a plain ``from_pretrained`` chooses."""
     model = moved(build_mome(variant, SHAPE, languages=languages, seed=seed, **SIZE, **options), seed)
+    model.set_attn_implementation("sdpa")
     if router is not None:
         model.set_router(router)
     return model

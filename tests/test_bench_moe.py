@@ -17,7 +17,7 @@ def test_every_variant_and_work_is_timed_against_equal_work():
     rows = bench_moe.moe(rounds=2, **TINY)
     assert [(row["variant"], row["work"]) for row in rows] == [
         (variant, work) for variant in VARIANTS for work in ("forward", "training", "token")
-    ]
+    ] + [("moe_ce", "token, one expert")]
     for row in rows:
         assert (row["layers"], row["width"], row["vocabulary"], row["rounds"]) == (1, 16, 64, 2)
         assert row["difference"] < 1e-4 and row["moe_ms"] > 0 and row["without_ms"] > 0
@@ -33,8 +33,8 @@ def test_the_benchmark_is_known_by_its_name(monkeypatch, tmp_path):
 def test_what_computes_something_else_is_not_timed(monkeypatch):
     plain = bench_moe._alone
 
-    def other(*arguments):
-        model = plain(*arguments)
+    def other(*arguments, **options):
+        model = plain(*arguments, **options)
         model.transformer.ln_f.bias.data += 1
         return model
 

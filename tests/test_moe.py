@@ -105,11 +105,15 @@ def test_experts_that_were_not_routed_stay_the_same_to_the_bit(variant):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
     for step, route in enumerate([1, 3, 1]):
+        idle = {name: tensor.clone() for name, tensor in model.state_dict().items() if f"experts.{route}." not in name}
         ids = tokens(route, 4, 8, seed=step)
         model(ids, routes=torch.full((4,), route), labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    # Expert 3 has learned in the second step, so the optimizer holds its moments; the third step leaves it alone.
+    third = {name for name in idle if name.startswith("experts.3.")}
+    assert third and all(torch.equal(model.state_dict()[name], idle[name]) for name in third)
     frozen = {name for name in before if name.startswith(("experts.0.", "experts.2.", "router."))}
     assert not changed & frozen
     used = ("experts.1.", "experts.3.", "common.", "lm_head")
@@ -141,14 +145,13 @@ def test_a_saved_model_gives_equal_logits_and_holds_everything(variant, router, 
     assert {"router.idf", "router.weight", "router.bias"} <= names
     assert not any(name.startswith("experts.") for name in names)
     assert ("lm_head.weight" in names) == (variant != "ple")
-    attention = model.config._attn_implementation
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=attention).eval()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert isinstance(loaded, MomeForCausalLM) and loaded.languages == LANGUAGES
     assert AutoConfig.from_pretrained(tmp_path).variant == variant
     assert torch.equal(loaded(mixed[0]).logits, model(mixed[0]).logits)
     assert loaded.router.weight.dtype == torch.float64
     assert torch.equal(loaded.router.weight, model.router.weight)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa").eval()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
     torch.testing.assert_close(again(mixed[0]).logits, model(mixed[0]).logits, atol=1e-5, rtol=1e-5)
 
 

@@ -12,6 +12,7 @@ from mome_utils.models import build_gpt2
 from mome_utils.moe import Expert, MomeForCausalLM
 from mome_utils.moe_config import VARIANTS
 from mome_utils.moe_growth import without_language
+from mome_utils.moe_shards import replace_expert
 from mome_utils.router_growth import add_language
 
 torch.set_num_threads(1)
@@ -60,7 +61,7 @@ def test_an_expert_is_added_and_the_old_ones_answer_as_before_to_the_last_bit(va
     assert torch.equal(model.router.weight[:3], small.weight) and torch.equal(model.router.bias[:3], small.bias)
     assert torch.equal(model.route(ids), mixed[1])
     model.save_pretrained(tmp_path)
-    loaded = MomeForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    loaded = MomeForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(loaded(ids).logits, model(ids).logits)
     if variant == "ple":
         assert model.experts[3].lm_head.weight is model.experts[3].transformer.wte.weight
@@ -153,6 +154,17 @@ def test_an_expert_that_does_not_fit_changes_nothing(variant, small, router, mix
         model.remove_expert("fr")
 
 
+def test_the_router_of_the_model_is_not_moved_when_it_learns(small, monkeypatch):
+    """On a GPU the router would stay on the processor if learning failed."""
+    model = build("jeet", small, languages=OLD)
+    moved_routers, cpu = [], type(model.router).cpu
+    monkeypatch.setattr(type(model.router), "cpu", lambda self: moved_routers.append(self) or cpu(self))
+    with pytest.raises(MomeError):
+        model.add_expert("py", newcomer("jeet"), sequences=[[VOCABULARY]])
+    assert len(moved_routers) == 1 and moved_routers[0] is not model.router
+    assert model.languages == OLD
+
+
 # ------------------------------------------------------------------------------------- from folders
 
 
@@ -176,6 +188,29 @@ def test_a_mixture_is_assembled_from_folders_and_models(router, mixed, tmp_path)
     (tmp_path / "py" / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(MomeError, match="'py' is not the folder of a GPT-2"):
         MomeForCausalLM.from_experts(experts | {"py": tmp_path / "py"}, router)
+
+
+def test_an_expert_with_another_tokenizer_is_not_added(mixed, tmp_path):
+    experts = students()
+    words = [f"w{i}" for i in range(VOCABULARY)]
+    for name, vocabulary in (("en", words), ("fr", words), ("de", words[::-1]), ("py", words)):
+        experts[name].save_pretrained(tmp_path / name)
+        tokenizer(vocabulary).save(str(tmp_path / name / "tokenizer.json"))
+    model = MomeForCausalLM.from_experts({name: tmp_path / name for name in ("en", "fr")})
+    model.save_pretrained(tmp_path / "model")
+    for mixture in (model, MomeForCausalLM.from_pretrained(tmp_path / "model")):
+        with pytest.raises(MomeError, match="'de' has another tokenizer than the model"):
+            mixture.add_expert("de", tmp_path / "de")
+        assert mixture.languages == ("en", "fr")
+        mixture.add_expert("py", tmp_path / "py")
+    pair = {"en": tmp_path / "de", "fr": tmp_path / "de"}
+    MomeForCausalLM.from_experts(pair).save_pretrained(tmp_path / "other")
+    for source in (tmp_path / "other", tmp_path / "other" / "expert-en.safetensors"):
+        with pytest.raises(MomeError, match="another tokenizer than this mixture"):
+            replace_expert(tmp_path / "model", "en", source)
+    (tmp_path / "py" / "model.safetensors").rename(tmp_path / "py" / "pytorch_model.bin")
+    with pytest.raises(MomeError, match="'py' holds no 'model.safetensors'"):
+        MomeForCausalLM.from_experts(experts | {"py": tmp_path / "py"})
 
 
 def test_settings_of_training_do_not_keep_experts_apart():

@@ -166,11 +166,36 @@ def test_any_mixture_of_experts_can_answer(model, mixed):
     assert torch.equal(model(ids, expert_weights=hard).logits, model(ids).logits)
 
 
+@pytest.mark.parametrize("row", [
+    [1.0, 1e-9, 0, 0, 0], [1.0, 5e-5, 0, 0, 0], [0, 1e-9, 0, 1.0, 0], [0.5, 1e-9, 0, 0, 0.5], [0.5, 5e-5, 0, 0, 0.5],
+])
+def test_a_weight_that_rounding_loses_changes_no_shape(model, mixed, row):
+    ids = mixed[0][:2]
+    if row[-1] and model.common is None:
+        row = [*row[:-1], 0] if row[0] == 1 else [0.5, row[1], 0.5, 0, 0]
+    weights = torch.tensor([row] * 2)
+    logits = model(ids, expert_weights=weights).logits
+    assert logits.shape == (2, ids.shape[1], VOCABULARY)
+    named = {n: w / sum(row) for n, w in zip((*LANGUAGES, COMMON), row, strict=True) if w > 1e-6}
+    same(model, logits, answer(model, ids, named))
+
+
+def test_a_sure_router_leaves_the_common_expert_a_least_weight(router, mixed, monkeypatch):
+    model, (ids, languages) = build("moe_ce", router), mixed
+    model.config.combine = "router"
+    certain = torch.nn.functional.one_hot(languages, 4).double()
+    monkeypatch.setattr(type(model), "router_probabilities", lambda self, ids, mask=None: certain)
+    weights = model.mixing_weights(ids, routes=languages)
+    assert (weights[:, -1] == 2**-24).all() and (weights.sum(1) == 1).all()
+    assert model(ids, expert_weights=weights, use_cache=True).past_key_values.common.get_seq_length() == 9
+
+
 def test_wrong_weights_get_one_sentence(model, mixed):
     ids = mixed[0][:1]
     for weights, words in (
         (torch.ones(1, 4), "one row of 5 numbers"), (torch.ones(1, 5, dtype=torch.long), "one row of 5 numbers"),
         (torch.ones(1, 5), "add up to 1"), (torch.tensor([[2.0, -1, 0, 0, 0]]), "no negative number"),
+        (torch.full((1, 5), torch.nan), "add up to 1"),
     ):
         with pytest.raises(MomeError, match=words):
             model(ids, expert_weights=weights)
@@ -278,6 +303,8 @@ def test_wrong_rerouting_gets_one_sentence(router, mixed):
     ):
         with pytest.raises(MomeError, match=words):
             model.generate(mixed[0], max_new_tokens=2, **GREEDY, **options)
+    with pytest.raises(MomeError, match="lie from 0 to 99 but the model knows 0 to 50"):
+        model.generate(torch.tensor([[0, 99]]), routes=torch.tensor([0]), max_new_tokens=2, **GREEDY)
     with pytest.raises(MomeError, match="no fitted router"):
         build("jeet").generate(mixed[0], routes=torch.zeros(8).long(), max_new_tokens=2, reroute_every=1, **GREEDY)
 

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mome_utils.artifacts import DamagedArtifact
+from mome_utils.artifacts import DamagedArtifact, file_digest
 from mome_utils.config import MomeError, Shape
 from mome_utils.moe import MomeForCausalLM, build_mome
 from mome_utils.moe_config import VARIANTS
@@ -75,7 +75,7 @@ folder, variants = Path(sys.argv[1]), sys.argv[2:]
 expected = load_file(folder / "expected.safetensors")
 ids = expected["ids"]
 for variant in variants:
-    model = AutoModelForCausalLM.from_pretrained(folder / variant, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(folder / variant)
     text = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
     logits = model(ids).logits
     print(type(model).__name__, torch.equal(logits, expected[f"{variant} logits"]),
@@ -112,7 +112,7 @@ def test_the_index_names_every_tensor_once_and_every_hash(model, saved):
 def test_only_active_experts_are_read(model, saved, mixed, loader):
     for name in ("fr", "de"):
         (saved / f"expert-{name}.safetensors").unlink()  # not needed, so not missed
-    part = loader.from_pretrained(saved, active_experts=["py", "en"], attn_implementation="eager")
+    part = loader.from_pretrained(saved, active_experts=["py", "en"])
     assert part.languages == LANGUAGES and part.active == ("en", "py") and not part.training
     model.set_active(["en", "py"])
     assert torch.equal(part(mixed[0]).logits, model(mixed[0]).logits)
@@ -133,19 +133,19 @@ def test_only_active_experts_are_read(model, saved, mixed, loader):
 
 
 def test_a_part_is_saved_as_a_part_and_a_whole_comes_back_whole(model, saved, mixed, tmp_path):
-    part = MomeForCausalLM.from_pretrained(saved, active_experts=["fr"], attn_implementation="eager")
+    part = MomeForCausalLM.from_pretrained(saved, active_experts=["fr"])
     part.save_pretrained(tmp_path / "part")
     assert {f.name for f in (tmp_path / "part").glob("*.safetensors")} == {SHARED, "expert-fr.safetensors"}
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "part", attn_implementation="eager")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "part")
     assert again.active == ("fr",) and torch.equal(again(mixed[0]).logits, part(mixed[0]).logits)
     with pytest.raises(MomeError, match="no expert 'en': it was saved with fr"):
         MomeForCausalLM.from_pretrained(tmp_path / "part", active_experts=None)
     before = model(mixed[0]).logits
     model.set_active(["en"])
     model.save_pretrained(tmp_path / "whole")  # what is not active is written all the same
-    narrow = MomeForCausalLM.from_pretrained(tmp_path / "whole", attn_implementation="eager")
+    narrow = MomeForCausalLM.from_pretrained(tmp_path / "whole")
     assert narrow.active == ("en",)
-    wide = MomeForCausalLM.from_pretrained(tmp_path / "whole", active_experts=None, attn_implementation="eager")
+    wide = MomeForCausalLM.from_pretrained(tmp_path / "whole", active_experts=None)
     assert torch.equal(wide(mixed[0]).logits, before)
 
 
@@ -157,14 +157,70 @@ def test_saving_into_a_folder_leaves_nothing_old_there(model, saved, mixed):
     names = {f.name for f in saved.iterdir()}
     assert "notes.txt" in names and not names & {"expert-de.safetensors", "model.safetensors"}
     assert not [name for name in names if name.startswith(".")]
-    loaded = AutoModelForCausalLM.from_pretrained(saved, attn_implementation="eager")
+    loaded = AutoModelForCausalLM.from_pretrained(saved)
     assert torch.equal(loaded(mixed[0]).logits, model(mixed[0]).logits)
+
+
+def test_a_part_is_not_saved_over_the_whole(saved, router, tmp_path):
+    before = {f.name: f.read_bytes() for f in saved.iterdir()}
+    part = MomeForCausalLM.from_pretrained(saved, active_experts=["en"])
+    with pytest.raises(MomeError, match="would delete the experts fr, de, py, which were left on disk"):
+        part.save_pretrained(saved)
+    assert {f.name: f.read_bytes() for f in saved.iterdir()} == before
+    facts = json.loads((saved / INDEX).read_text())  # an index that names a file of somebody else
+    facts["metadata"]["experts"]["it"] = "thesis.txt"
+    facts["metadata"]["sha256"]["thesis.txt"] = ""
+    facts["weight_map"]["experts.4.x"] = "thesis.txt"
+    (saved / INDEX).write_text(json.dumps(facts))
+    (saved / "thesis.txt").write_text("mine")
+    build(part.config.variant, router).save_pretrained(saved)
+    assert (saved / "thesis.txt").read_text() == "mine"
+
+
+def test_an_expert_of_a_part_is_replaced_in_its_own_place(model, saved, tmp_path):
+    MomeForCausalLM.from_pretrained(saved, active_experts=["py"]).save_pretrained(tmp_path / "part")
+    (tmp_path / "part" / "expert-py.safetensors").unlink()  # no other expert tells the shape
+    deep = build_mome(model.config.variant, Shape(3, SHAPE.width, 2), languages=LANGUAGES, seed=0, **SIZE)
+    deep.save_pretrained(tmp_path / "deep")
+    with pytest.raises(MomeError, match="another shape"):
+        replace_expert(tmp_path / "part", "py", tmp_path / "deep")
+    replace_expert(tmp_path / "part", "py", saved, "en")
+    again = MomeForCausalLM.from_pretrained(tmp_path / "part")
+    for mine, theirs in zip(again.experts[3].parameters(), model.experts[0].parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_files_that_say_nothing_of_their_function_load_and_replace(model, saved, mixed):
+    """Earlier versions wrote neither the function nor the vocabulary."""
+    index = read_index(saved)
+    for file in index.files.values():
+        save_file(load_file(saved / file), saved / file, metadata={"format": "pt"})
+    facts = json.loads((saved / INDEX).read_text())
+    facts["metadata"]["sha256"] |= {file: file_digest(saved / file) for file in index.files.values()}
+    (saved / INDEX).write_text(json.dumps(facts))
+    loaded, report = MomeForCausalLM.from_pretrained(saved, output_loading_info=True)
+    assert torch.equal(loaded(mixed[0]).logits, model(mixed[0]).logits) and not report["missing_keys"]
+    replace_expert(saved, "fr", saved / "expert-py.safetensors")
+    part, _ = MomeForCausalLM.from_pretrained(saved, active_experts=["fr"], output_loading_info=True)
+    assert part.active == ("fr",)
+
+
+def test_a_folder_within_a_folder_is_checked_and_pickles_are_not_read(model, saved, mixed, tmp_path):
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, subfolder="model")
+    assert torch.equal(loaded(mixed[0]).logits, model(mixed[0]).logits)
+    (saved / SHARED).write_bytes(b"")
+    with pytest.raises(DamagedArtifact, match="what all experts share is damaged"):
+        MomeForCausalLM.from_pretrained(tmp_path, subfolder="model")
+    (saved / INDEX).unlink()
+    torch.save(model.state_dict(), saved / "pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        MomeForCausalLM.from_pretrained(saved)
 
 
 def test_folders_of_one_file_still_load(model, mixed, tmp_path):
     super(MomeForCausalLM.__mro__[1], model).save_pretrained(tmp_path)  # as transformers alone would
     assert (tmp_path / "model.safetensors").is_file()
-    loaded = MomeForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    loaded = MomeForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(loaded(mixed[0]).logits, model(mixed[0]).logits)
 
 
@@ -179,7 +235,7 @@ def test_an_expert_is_replaced_by_a_file_or_from_a_folder(model, saved, router, 
     for source, name in ((tmp_path / "other" / "expert-py.safetensors", None), (tmp_path / "other", "py")):
         (saved / "expert-fr.safetensors").unlink()
         replace_expert(saved, "fr", source, name)
-        loaded = AutoModelForCausalLM.from_pretrained(saved, attn_implementation="eager")
+        loaded = AutoModelForCausalLM.from_pretrained(saved)
         for mine, theirs in zip(loaded.experts[1].parameters(), other.experts[3].parameters(), strict=True):
             assert torch.equal(mine, theirs)
         kept = languages != 1
@@ -195,9 +251,19 @@ def test_an_expert_that_does_not_fit_replaces_nothing(saved, model, tmp_path):
     wide.save_pretrained(tmp_path / "wide")
     deep = build_mome(variant, Shape(3, SHAPE.width, 2), languages=LANGUAGES, seed=0, **SIZE)
     deep.save_pretrained(tmp_path / "deep")
+    heads = build_mome(variant, Shape(2, SHAPE.width, 4), languages=LANGUAGES, seed=0, **SIZE)
+    heads.save_pretrained(tmp_path / "heads")
+    foreign = build({"ple": "jeet", "jeet": "moe_ce", "moe_ce": "jeet"}[variant])
+    foreign.save_pretrained(tmp_path / "foreign")
+    halves = build(variant).half()
+    halves.save_pretrained(tmp_path / "halves")
     (tmp_path / "cut.safetensors").write_bytes(before["expert-fr.safetensors"][:-100])
     for source, words in (
         (tmp_path / "wide", "another shape"), (tmp_path / "deep", "another shape"),
+        (tmp_path / "heads", "computes something else"), (tmp_path / "foreign", "computes something else"),
+        (tmp_path / "heads" / "expert-fr.safetensors", "computes something else"),
+        (tmp_path / "foreign" / "expert-fr.safetensors", "computes something else"),
+        (tmp_path / "halves", "are not torch.float32"),
         (saved / SHARED, "not the file of one expert"), (tmp_path / "cut.safetensors", "damaged or no safetensors"),
         (tmp_path / "none.safetensors", "no file 'none.safetensors'"),
     ):
@@ -240,18 +306,48 @@ def test_a_wrong_file_gets_one_clear_sentence(saved, router, model, tmp_path):
     refused("cannot be used, it is not the index", INDEX, lambda file: file.write_text("{"))
     refused("cannot be used, it is not the index", INDEX, lambda file: file.write_text('{"weight_map": []}'))
 
+    def edit(file: Path, key: str, change) -> None:
+        facts = json.loads(file.read_text())
+        facts["metadata"][key] = change(facts["metadata"][key])
+        file.write_text(json.dumps(facts))
+
     def forget(file: Path) -> None:
         facts = json.loads(file.read_text())
         del facts["metadata"]["sha256"]["expert-fr.safetensors"]
         file.write_text(json.dumps(facts))
 
     refused("the files that it names do not fit together", INDEX, forget)
+    refused("cannot be used, it is not the index", INDEX, lambda file: edit(file, "sha256", list))
     with pytest.raises(MomeError, match="no expert 'it' to be active"):
         AutoModelForCausalLM.from_pretrained(saved, active_experts=["it"])
     with pytest.raises(MomeError, match="At least one expert"):
         MomeForCausalLM.from_pretrained(saved, active_experts=[])
     with pytest.raises(MomeError, match="then upload the folder"):
         model.save_pretrained(saved, push_to_hub=True)
+
+
+def test_a_configuration_of_another_model_loads_nothing(saved, model, tmp_path):
+    config = json.loads((saved / "config.json").read_text())
+    expert = config["expert"]
+
+    def refused(words: str, changed: dict, **options) -> None:
+        (saved / "config.json").write_text(json.dumps(config | changed))
+        with pytest.raises(DamagedArtifact, match=words):
+            MomeForCausalLM.from_pretrained(saved, **options)
+
+    refused("other experts than the index", {"languages": ["fr", "en", "de", "py"]})
+    refused("other experts than the index", {"languages": ["fr", "en", "de", "py"]}, active_experts=["en"])
+    refused("other experts than the index", {"languages": ["en", "fr", "de"]})
+    for changed in (
+        {"expert": expert | {"n_layer": 3}}, {"expert": expert | {"n_layer": 1}}, {"expert": expert | {"n_head": 4}},
+        {"expert": expert | {"n_embd": 32}},
+        {"variant": {"ple": "jeet", "jeet": "moe_ce", "moe_ce": "jeet"}[model.config.variant]},
+    ):
+        refused("describes another model than the one in these files", changed)
+        refused("describes another model", changed, active_experts=["en"])
+    (saved / "config.json").write_text("{")
+    with pytest.raises(DamagedArtifact, match="'config.json' is missing, damaged or not that of a mixture"):
+        MomeForCausalLM.from_pretrained(saved)
 
 
 # ----------------------------------------------------------------------------------- memory and ties
@@ -265,7 +361,7 @@ def test_a_tied_projection_is_the_embedding_everywhere(variant, router, mixed, t
     tied.save_pretrained(tmp_path)
     assert "lm_head.weight" not in load_file(tmp_path / SHARED)
     for active in (None, ["en", "py"]):
-        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, active_experts=active, attn_implementation="eager")
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, active_experts=active)
         assert loaded.lm_head.weight is loaded.wte.weight
         tied.set_active(active)
         assert torch.equal(loaded(mixed[0]).logits, tied(mixed[0]).logits)
@@ -286,6 +382,7 @@ small, folder = sys.argv[1:]
 MomeForCausalLM.from_pretrained(small, active_experts=["en"])  # code and tables that any first load brings
 before = resident()
 model = MomeForCausalLM.from_pretrained(folder, active_experts=["en"])
+sum(p.sum().item() for p in model.parameters())  # what is mapped from a file is in memory once it is read
 print(resident() - before, sum(p.numel() * p.element_size() for p in {*model.parameters()}),
       sum(b.numel() * b.element_size() for b in model.buffers()))
 """
@@ -304,4 +401,4 @@ def test_one_of_four_experts_takes_the_memory_of_one(tmp_path):
     model.save_pretrained(tmp_path / "large")
     grown, parameters, buffers = map(int, run(MEMORY, tmp_path / "small", tmp_path / "large").split())
     assert parameters == expected
-    assert grown <= 1.1 * (parameters + buffers)
+    assert 0.8 * parameters <= grown <= 1.1 * (parameters + buffers)
