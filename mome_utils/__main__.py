@@ -193,10 +193,10 @@ def parser() -> argparse.ArgumentParser:
     _arms(publish)
     publish.set_defaults(command=_publish)
 
-    bench = commands.add_parser("bench", help="time a part of the package next to what it replaces")
-    bench.add_argument("name", metavar="NAME", help="which benchmark: router, moe")
+    bench = commands.add_parser("bench", help="time a part of the package, and say what it needs")
+    bench.add_argument("name", metavar="NAME", help="which benchmark: router, moe or similarity")
     bench.add_argument("--rounds", type=int, default=7, metavar="N",
-                       help="how often the two are timed in turn (default: %(default)d)")
+                       help="how often each is timed, in turn (default: %(default)d)")
     bench.add_argument("--out", type=Path, metavar="FILE", help="JSON to write (default: data/benchmarks/NAME.json)")
     bench.set_defaults(command=_bench)
     return parser

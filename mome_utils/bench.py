@@ -234,8 +234,17 @@ def moe(**options: Any) -> list[dict[str, Any]]:
     return bench_moe.moe(**options)
 
 
+def similarity(**options: Any) -> list[dict[str, Any]]:
+    """Time and memory of every measure of similarity: :func:`mome_utils.bench_similarity.similarity`."""
+    from mome_utils.bench_similarity import similarity as measured
+
+    return measured(**options)
+
+
 #: Name to function; each takes ``root``, the project's folder, and ``rounds``, and returns rows.
-BENCHMARKS: Mapping[str, Callable[..., list[dict[str, Any]]]] = MappingProxyType({"router": router, "moe": moe})
+BENCHMARKS: Mapping[str, Callable[..., list[dict[str, Any]]]] = MappingProxyType({
+    "router": router, "moe": moe, "similarity": similarity,
+})
 
 
 def run_benchmark(name: str, out: Path, **options: Any) -> list[dict[str, Any]]:

@@ -14,22 +14,15 @@ from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from mome_utils.config import MomeError
-from mome_utils.corpus import Document
-from mome_utils.evaluation import WindowBatch, add_up, score_rows, window_batches
 from mome_utils.intervals import Interval, Measure, crossed_interval, cube
-from mome_utils.models import shifted_ce
-from mome_utils.moe import MomeForCausalLM
 
 __all__ = [
     "METRICS", "ForgettingError", "Metric", "Order", "average_performance", "backward_transfer",
-    "first_language_forgetting", "forgetting", "forgetting_by_language", "forward_transfer",
-    "gradient_cosines", "metric_interval", "metric_table", "r_matrix", "rise_since_best", "score_growing",
-    "stage_bands",
+    "first_language_forgetting", "forgetting", "forgetting_by_language", "forward_transfer", "intransigence",
+    "learning", "metric_interval", "metric_table", "paired_metric_interval", "r_matrix", "rise_since_best",
+    "share_forgotten", "stage_bands",
 ]  # fmt: skip
 
 Order = Sequence[str] | Mapping[int, Sequence[str]]
@@ -101,21 +94,55 @@ def rise_since_best(scores: np.ndarray) -> np.ndarray:
     return np.asarray(forgetting_by_language(scores).mean(-1))
 
 
+def learning(scores: np.ndarray) -> np.ndarray:
+    """Mean score of each language right after its own stage, R [..., T, T] -> [...]: plasticity, lower is better.
+
+    Learning accuracy (LA) of Riemer et al. 2019, arXiv 1810.11910: 1/T Σ_i R[i, i].
+    """
+    _square(scores)
+    return np.asarray(np.diagonal(scores, axis1=-2, axis2=-1).mean(-1))
+
+
+def intransigence(scores: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """How much worse languages are learned in their own stage than by a reference, R [..., T, T], r [..., T] -> [...].
+
+    Chaudhry et al. 2018, definition 2: I_k = a*_k - a[k, k], where a*_k is of a model trained on the data of all
+    tasks up to k; in bits 1/T Σ_k (R[k, k] - r[k]). Positive: the sequence learned less.
+    """
+    return np.asarray(learning(scores) - reference.mean(-1))
+
+
+def share_forgotten(scores: np.ndarray, untrained: np.ndarray) -> np.ndarray:
+    """Share of what was learned that is lost in the end, R [..., T, T] and b [..., T] -> [...], over all but the last.
+
+    Of a language, (R[T, j] - best) / (b[j] - best): 0 where nothing was forgotten, 1 where the final model knows no
+    more than the untrained one, below 0 where it went on improving.
+    """
+    _square(scores)
+    best = scores[..., :-1, :].min(-2)
+    return np.asarray(((scores[..., -1, :] - best) / (untrained - best))[..., :-1].mean(-1))
+
+
 @dataclass(frozen=True)
 class Metric:
-    """A number derived from R [..., T, T] -> [...], its definition, source, and which direction is better."""
+    """A number derived from R [..., T, T] -> [...], its definition, source, and which direction is better.
+
+    baseline: "" for a function of R alone; "untrained" or "joint" for a function of R and the scores [..., T] of the
+    untrained model or of a model trained on all languages together.
+    """
 
     name: str
     definition: str
     source: str
     better: str
-    function: Callable[[np.ndarray], np.ndarray]
+    function: Callable[..., np.ndarray]
+    baseline: str = ""
 
 
 _LPR = "Lopez-Paz & Ranzato 2017"
 _CHAUDHRY = "Chaudhry et al. 2018"
 
-#: Metrics of a matrix of stages by languages, by name (forward transfer also needs the untrained model).
+#: Metrics of a matrix of stages by languages, by name.
 METRICS: Mapping[str, Metric] = MappingProxyType(
     {
         metric.name: metric
@@ -148,6 +175,29 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
                 "higher",
                 backward_transfer,
             ),
+            Metric(
+                "learning",
+                "score right after a language's own stage, mean over languages",
+                "Riemer et al. 2019, LA",
+                "lower",
+                learning,
+            ),
+            Metric(
+                "forward transfer",
+                "untrained score minus score just before a language's own stage, mean over all but the first",
+                f"{_LPR}, FWT",
+                "higher",
+                forward_transfer,
+                "untrained",
+            ),
+            Metric(
+                "intransigence",
+                "score right after a language's own stage minus that of a joint model, mean over languages",
+                f"{_CHAUDHRY}, I",
+                "lower",
+                intransigence,
+                "joint",
+            ),
         )
     }
 )
@@ -177,8 +227,9 @@ def r_matrix(
 def metric_interval(
     rows: pd.DataFrame,
     order: Order,
-    metric: Callable[[np.ndarray], np.ndarray],
+    metric: Callable[..., np.ndarray],
     *,
+    baseline: pd.DataFrame | None = None,
     stages: Sequence[int] | None = None,
     measure: Measure = "bits_per_byte",
     draws: int = 2000,
@@ -188,27 +239,73 @@ def metric_interval(
     Args:
         rows: as in `r_matrix`; every seed must hold every stage and language.
         order: one order for all seeds, or seed -> its own order (columns of R are then places in that order).
-        metric: R [..., stages, languages] -> [...], recomputed whole in every draw.
+        metric: R [..., stages, languages] -> [...], recomputed whole in every draw; with a baseline it is also
+            given the baseline's scores [..., languages], of the same draw.
+        baseline: scores of another model of the same seeds on the same documents (no `stage` is needed).
     """
-    first = next(iter(order.values())) if isinstance(order, Mapping) else order
-    chosen = list(range(1, len(first) + 1)) if stages is None else list(stages)
-    shape = (len(chosen), len(first))
-
-    def statistic(cells: np.ndarray) -> np.ndarray:
-        return metric(cells.reshape(*cells.shape[:-1], *shape))
-
-    selected = _tasks(rows, order, chosen)
+    chosen = _stages(order, stages)
+    statistic = _statistic(metric, len(chosen), _width(order), baseline is not None)
+    selected = _with_baseline(rows, order, chosen, baseline)
     return crossed_interval(selected, ["stage", "task"], statistic, measure=measure, draws=draws)
 
 
+def paired_metric_interval(
+    rows_a: pd.DataFrame,
+    rows_b: pd.DataFrame,
+    order: Order,
+    metric: Callable[..., np.ndarray],
+    *,
+    baseline: pd.DataFrame | None = None,
+    measure: Measure = "bits_per_byte",
+    draws: int = 2000,
+) -> Interval:
+    """Interval of a metric of one arm minus the same of another, paired by seed and document.
+
+    Arguments as in `metric_interval`, rows_a and rows_b of the two arms; only seeds that both have are used.
+
+    Raises:
+        ForgettingError: the arms share no seed.
+    """
+    common = set(rows_a["seed"]) & set(rows_b["seed"])
+    if not common:
+        raise ForgettingError("The two arms share no seed, so they cannot be paired: train both with the same seeds.")
+    chosen = _stages(order, None)
+    one = _statistic(metric, len(chosen), _width(order), baseline is not None)
+    sides = [
+        _with_baseline(rows[rows["seed"].isin(common)], order, chosen, _of_seeds(baseline, common)).assign(side=side)
+        for side, rows in enumerate((rows_a, rows_b))
+    ]
+
+    def difference(cells: np.ndarray) -> np.ndarray:
+        half = cells.shape[-1] // 2  # cells are sorted: all of a, then all of b
+        return np.asarray(one(cells[..., :half]) - one(cells[..., half:]))
+
+    both = pd.concat(sides, ignore_index=True)
+    return crossed_interval(both, ["side", "stage", "task"], difference, measure=measure, draws=draws)
+
+
 def metric_table(
-    arms: Mapping[str, pd.DataFrame], order: Order, metrics: Mapping[str, Metric] = METRICS
+    arms: Mapping[str, pd.DataFrame],
+    order: Order,
+    metrics: Mapping[str, Metric] = METRICS,
+    *,
+    untrained: pd.DataFrame | None = None,
+    joint: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
-    """Every metric of every arm: arm, metric, estimate, low, high, better, definition, source."""
+    """Every metric of every arm: arm, metric, estimate, low, high, better, definition, source.
+
+    A metric that needs a baseline (rows of the untrained or of a joint model, of the same seeds) is left out
+    without it.
+    """
+    baselines = {"untrained": untrained, "joint": joint}
     rows = []
     for arm, scores in arms.items():
         for metric in metrics.values():
-            found = metric_interval(scores, order, metric.function)
+            baseline = baselines.get(metric.baseline)
+            if metric.baseline and baseline is None:
+                continue
+            own = _of_seeds(baseline, set(scores["seed"])) if baseline is not None else None
+            found = metric_interval(scores, order, metric.function, baseline=own)
             rows.append(
                 {
                     "arm": arm,
@@ -230,91 +327,6 @@ def stage_bands(order: Sequence[str], ends: Sequence[int]) -> list[tuple[int, in
         raise ForgettingError(f"{len(order)} languages need as many increasing stage ends, not {list(ends)}.")
     starts = [0, *ends[:-1]]
     return list(zip(starts, ends, order, strict=True))
-
-
-def score_growing(
-    model: MomeForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    documents: Sequence[Document],
-    *,
-    block_size: int,
-    stride: int,
-    batch_size: int = 32,
-) -> pd.DataFrame:
-    """Losses of a mixture that grows by one expert per stage, in the order of its languages.
-
-    After stage k only the first k experts exist, and none of them changes any more. Each window of a document
-    is routed by itself, as in `moe_settings.score_settings`: the last stage is that function's routed score.
-
-    Args:
-        model: the finished mixture, in evaluation mode, with a fitted router.
-        block_size, stride: of `evaluation.windows`.
-
-    Returns:
-        Long rows with `routes` and `stage` (1 to the number of experts). Routes "router": the largest of the
-        first k scores of the router. Routes "oracle": the document's own expert once it exists, the router's
-        choice before that.
-    """
-    count = len(model.languages)
-    places = {language: i for i, language in enumerate(model.languages)}
-    own = torch.tensor([places[document.language] for document in documents])
-    cells = [(kind, stage) for kind in ("oracle", "router") for stage in range(1, count + 1)]
-    totals = {cell: np.zeros(len(documents)) for cell in cells}
-    tokens = np.zeros(len(documents), dtype=np.int64)
-    with torch.inference_mode():
-        for batch in window_batches(tokenizer, documents, block_size, stride, batch_size):
-            logprobs = torch.stack([_expert_logprobs(model, name, batch) for name in model.languages])
-            ids, mask = batch.ids.to(model.device), batch.mask.to(model.device)
-            scores, truth = model.router(ids, mask).cpu(), own[batch.owners]
-            np.add.at(tokens, batch.target_owners.numpy(), 1)
-            for kind, stage in cells:
-                routes = scores[:, :stage].argmax(-1)
-                if kind == "oracle":
-                    routes = torch.where(truth < stage, truth, routes)
-                picked = logprobs[routes[batch.rows], torch.arange(logprobs.shape[1])]
-                add_up(totals[kind, stage], batch, picked)
-    tables = [score_rows(documents, totals[c], tokens).assign(routes=c[0], stage=c[1]) for c in cells]
-    return pd.concat(tables, ignore_index=True)
-
-
-def _expert_logprobs(model: MomeForCausalLM, name: str, batch: WindowBatch, chunk: int = 256) -> Tensor:
-    """Log-probability in nats of each scored target under one expert, [S] float32 on the CPU."""
-    hidden = model.expert_hidden(name, batch.ids.to(model.device))
-    picked = hidden[batch.rows.to(model.device), batch.columns.to(model.device)]
-    head, found = model.head(name), []
-    for states, targets in zip(picked.split(chunk), batch.targets.to(model.device).split(chunk), strict=True):
-        logits = head(states).float()
-        found.append(logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(-1))
-    return torch.cat(found).cpu()
-
-
-def gradient_cosines(model: PreTrainedModel, batches: Mapping[str, tuple[Tensor, Tensor]]) -> pd.DataFrame:
-    """Cosines between the loss gradients of different languages at one point of training.
-
-    A small step of size η against the gradient of b changes the loss of a by -η g_a·g_b: a negative cosine
-    says that learning b unlearns a, and one near zero that learning b does nothing for a.
-
-    Args:
-        model: a causal language model; its gradients are cleared.
-        batches: per language two batches of ids [B, T]. Rows of the result use the first, columns the second,
-            so that the diagonal shows how far two batches of one language agree.
-
-    Returns:
-        Cosines, a data frame [languages, languages].
-    """
-    first = torch.stack([_gradient(model, pair[0]) for pair in batches.values()])
-    second = torch.stack([_gradient(model, pair[1]) for pair in batches.values()])
-    names = list(batches)
-    return pd.DataFrame((first @ second.T).numpy(), index=names, columns=names)
-
-
-def _gradient(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """The gradient of the mean next-token loss as one unit vector, [parameters] on the CPU."""
-    model.zero_grad(set_to_none=True)
-    shifted_ce(model(input_ids=ids, use_cache=False).logits, ids).backward()
-    flat = torch.cat([p.grad.flatten().cpu() for p in model.parameters() if p.grad is not None])
-    model.zero_grad(set_to_none=True)
-    return flat / flat.norm()
 
 
 def _square(scores: np.ndarray) -> None:
@@ -347,3 +359,38 @@ def _tasks(rows: pd.DataFrame, order: Order, stages: Sequence[int]) -> pd.DataFr
             f"The scores lack some of the {len(stages)} stages by {languages} languages: score them all."
         )
     return chosen
+
+
+def _stages(order: Order, stages: Sequence[int] | None) -> list[int]:
+    return list(range(1, _width(order) + 1)) if stages is None else list(stages)
+
+
+def _width(order: Order) -> int:
+    """Number of languages."""
+    return len(next(iter(order.values())) if isinstance(order, Mapping) else order)
+
+
+def _statistic(
+    metric: Callable[..., np.ndarray], stages: int, languages: int, baseline: bool
+) -> Callable[[np.ndarray], np.ndarray]:
+    """A metric of R as a statistic of flat cells [..., stages · languages], a baseline's being the first row."""
+
+    def statistic(cells: np.ndarray) -> np.ndarray:
+        matrix = cells.reshape(*cells.shape[:-1], stages + baseline, languages)
+        return metric(matrix[..., 1:, :], matrix[..., 0, :]) if baseline else metric(matrix)
+
+    return statistic
+
+
+def _with_baseline(
+    rows: pd.DataFrame, order: Order, stages: Sequence[int], baseline: pd.DataFrame | None
+) -> pd.DataFrame:
+    """The rows of R, and those of a baseline as stage -1."""
+    if baseline is None:
+        return _tasks(rows, order, stages)
+    both = pd.concat([baseline.assign(stage=-1), rows], ignore_index=True)
+    return _tasks(both, order, [-1, *stages])
+
+
+def _of_seeds(rows: pd.DataFrame | None, seeds: set[int]) -> pd.DataFrame | None:
+    return None if rows is None else rows[rows["seed"].isin(seeds)]

@@ -89,7 +89,7 @@ class Request:
             MomeError: a parameter is wrong; so call it before work starts.
         """
         study = Study.open("", **self.parameters(), quiet=True)
-        recipes = source_digest("mome_utils.recipes")
+        recipes = source_digest("mome_utils.recipes", "mome_utils.recipes_continual")
         return digest([study.profile, study.corpus.fingerprint, study.languages, recipes]), study.store.root
 
     def digest_of(self, notebook: Mapping[str, Any], resolved: str) -> str:

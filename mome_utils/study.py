@@ -184,7 +184,8 @@ class Study:
         Raises:
             MissingArtifact: names the notebook that trains a teacher the specs need, before anything starts.
         """
-        from mome_utils.runs import STAGE, STATES, Run, run_key, states_key, train_or_load
+        from mome_utils.continual import run_key, train_or_load
+        from mome_utils.runs import STAGE, STATES, Run, states_key
         from mome_utils.sweeps import in_parallel, train_job
 
         keys = [run_key(spec) for spec in specs]

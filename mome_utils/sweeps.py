@@ -16,10 +16,11 @@ import joblib
 import pandas as pd
 
 from mome_utils.artifacts import Store
+from mome_utils.continual import train_or_load
 from mome_utils.dataset import StudyData
 from mome_utils.evaluation import score_documents
 from mome_utils.memory import keep_freed_memory
-from mome_utils.runs import STAGE, Run, cache_teacher, run_key, torch_threads, train_or_load
+from mome_utils.runs import STAGE, Run, cache_teacher, run_key, torch_threads
 from mome_utils.training import TrainSpec
 
 __all__ = ["cache_job", "in_parallel", "quiet", "score_job", "train_job"]

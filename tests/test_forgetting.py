@@ -7,14 +7,11 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from mome_utils.config import Shape
-from mome_utils.corpus import Document
-from mome_utils.evaluation import score_documents
+from mome_utils.config import MomeError
 from mome_utils.forgetting import (
     METRICS,
     ForgettingError,
@@ -24,21 +21,17 @@ from mome_utils.forgetting import (
     forgetting,
     forgetting_by_language,
     forward_transfer,
-    gradient_cosines,
+    intransigence,
+    learning,
     metric_interval,
     metric_table,
+    paired_metric_interval,
     r_matrix,
     rise_since_best,
-    score_growing,
+    share_forgotten,
     stage_bands,
 )
-from mome_utils.models import build_gpt2
-from mome_utils.moe import MomeForCausalLM
-from mome_utils.moe_settings import score_settings
-from mome_utils.router_fit import fit_router
-from mome_utils.tokenization import train_tokenizer
-
-torch.set_num_threads(1)
+from mome_utils.relearning import savings, steps_to
 
 # Three languages: the first is learned to 1.0 and ends at 3.0; the second was best before its own stage.
 R = np.array([[1.0, 4.0, 6.0], [2.0, 5.0, 5.5], [3.0, 4.5, 2.0]])
@@ -52,6 +45,10 @@ def test_hand_computed_matrix():
     assert rise_since_best(R) == pytest.approx(-1 / 3)
     assert backward_transfer(R) == pytest.approx(((1.0 - 3.0) + (5.0 - 4.5)) / 2)
     assert forward_transfer(R, np.array([8.0, 8.0, 8.0])) == pytest.approx(((8 - 4.0) + (8 - 5.5)) / 2)
+    assert learning(R) == pytest.approx((1.0 + 5.0 + 2.0) / 3)
+    assert intransigence(R, np.array([1.5, 3.0, 1.5])) == pytest.approx((-0.5 + 2.0 + 0.5) / 3)
+    # of 8 - 1 = 7 learned bits 2 are lost, of 8 - 4 = 4 (best before its own stage) half a bit
+    assert share_forgotten(R, np.array([8.0, 8.0, 8.0])) == pytest.approx((2 / 7 + 0.5 / 4) / 2)
 
 
 def test_experts_that_never_change_forget_nothing():
@@ -77,7 +74,15 @@ def loops(scores: list[list[float]], untrained: list[float]) -> dict[str, float]
     for value in last:
         total += value
     count = stages - 1
+    own, shares = 0.0, 0.0
+    for j in range(stages):
+        own += scores[j][j] / stages
+    for j in range(count):
+        best = min(scores[stage][j] for stage in range(stages - 1))
+        shares += (last[j] - best) / (untrained[j] - best) / count if untrained[j] != best else math.nan
     return {
+        "learning": own,
+        "share": shares,
         "average": total / stages,
         "forgetting": forgotten / count,
         "backward": backward / count,
@@ -86,20 +91,26 @@ def loops(scores: list[list[float]], untrained: list[float]) -> dict[str, float]
 
 
 @given(st.integers(2, 6).flatmap(lambda n: arrays(float, (n + 1, n), elements=st.floats(0.1, 20))))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 def test_metrics_agree_with_loops_on_random_matrices(values):
-    untrained, scores = values[0], values[1:]
+    untrained, scores = values[0] + 20, values[1:]  # nobody is worse than untrained
     expected = loops(scores.tolist(), untrained.tolist())
     assert average_performance(scores) == pytest.approx(expected["average"])
     assert forgetting(scores) == pytest.approx(expected["forgetting"])
     assert backward_transfer(scores) == pytest.approx(expected["backward"])
     assert forward_transfer(scores, untrained) == pytest.approx(expected["forward"])
+    assert learning(scores) == pytest.approx(expected["learning"])
+    assert intransigence(scores, untrained) == pytest.approx(expected["learning"] - np.mean(untrained))
+    if math.isfinite(expected["share"]):
+        assert share_forgotten(scores, untrained) == pytest.approx(expected["share"])
     # The best earlier score is no worse than the one right after the language's own stage.
     assert forgetting(scores) >= -backward_transfer(scores) - 1e-9
     stacked = np.stack([scores, scores + 1])
     for metric in METRICS.values():
-        assert metric.function(stacked).shape == (2,)
-        assert metric.function(stacked)[0] == pytest.approx(float(metric.function(scores)))
+        more = ([untrained, untrained],) if metric.baseline else ()
+        found = metric.function(stacked, *map(np.stack, more))
+        assert found.shape == (2,)
+        assert found[0] == pytest.approx(float(metric.function(scores, *([untrained] if more else []))))
 
 
 def rows_of(matrices: dict[int, np.ndarray], languages: dict[int, list[str]], noise=0.0) -> pd.DataFrame:
@@ -140,9 +151,56 @@ def test_the_table_holds_every_metric_of_every_arm():
     order = ["fr", "en", "py"]
     rows = rows_of({0: R, 1: R, 2: R}, dict.fromkeys(range(3), order))
     table = metric_table({"sequential": rows, "single session": rows}, order)
-    assert len(table) == 2 * len(METRICS)
+    assert len(table) == 2 * sum(not metric.baseline for metric in METRICS.values())
     estimates = table.set_index(["arm", "metric"])["estimate"]
     assert estimates["sequential", "forgetting"] == pytest.approx(1.25)
+
+
+def test_metrics_against_a_baseline_use_its_own_draws():
+    order = ["fr", "en", "py"]
+    rows = rows_of({0: R, 1: R + 1}, {0: order, 1: order}, noise=0.1)
+    base = {seed: np.array([[8.0, 8.0, 9.0]]) for seed in (0, 1)}
+    untrained = rows_of(base, {0: order, 1: order}).drop(columns="stage")
+    found = metric_interval(rows, order, forward_transfer, baseline=untrained)
+    exact = np.mean([float(forward_transfer(R + seed, base[seed][0])) for seed in (0, 1)])
+    assert found.estimate == pytest.approx(exact, abs=0.1) and found.low < found.estimate < found.high
+    # Scored on itself a model is no worse than itself, in every draw.
+    own = rows[rows["stage"] == 3]
+    same = metric_interval(rows, order, lambda r, b: (r[..., -1, :] - b).mean(-1), baseline=own)
+    assert (same.estimate, same.low, same.high) == pytest.approx((0, 0, 0), abs=1e-12)
+    table = metric_table({"one": rows}, order, untrained=untrained, joint=own).set_index("metric")["estimate"]
+    assert set(table.index) == set(METRICS)
+    assert table["forward transfer"] == pytest.approx(found.estimate)
+
+
+def test_a_paired_interval_drops_what_the_arms_share():
+    order = ["fr", "en", "py"]
+    orders = dict.fromkeys(range(3), order)
+    a = rows_of(dict.fromkeys(range(3), R), orders, noise=0.5)
+    worse = R + np.array([[0, 0, 0], [0, 0, 0], [0.5, 0.5, 0]])
+    b = a.assign(nats=a["nats"] + 50 * math.log(2) * np.where((a["stage"] == 3) & (a["language"] != "py"), 0.5, 0))
+    found = paired_metric_interval(b, a, order, backward_transfer)
+    expected = float(backward_transfer(worse) - backward_transfer(R))
+    assert (found.estimate, found.low, found.high) == pytest.approx((expected,) * 3)
+    alone = metric_interval(a, order, backward_transfer)
+    assert alone.high - alone.low > 0.1
+    fewer = paired_metric_interval(b[b["seed"] < 2], a, order, forgetting, baseline=None)
+    assert fewer.seeds == 2
+    with pytest.raises(ForgettingError, match="share no seed"):
+        paired_metric_interval(a[a["seed"] == 0], a[a["seed"] == 1], order, forgetting)
+
+
+def test_steps_to_a_score_are_read_between_the_points():
+    curve = pd.DataFrame({"step": [20, 10, 30], "value": [3.0, 5.0, 2.0]})
+    assert steps_to(curve, 4.0) == pytest.approx(15)
+    assert steps_to(curve, 2.0) == 30
+    assert steps_to(curve, 6.0) == 10  # reached before the first point: where is not known
+    assert steps_to(curve, 6.0, start=7.0) == pytest.approx(5)
+    assert steps_to(curve, 6.0, start=5.5) == 0
+    assert math.isinf(steps_to(curve, 1.0))
+    assert savings(30, 15) == 0.5 and savings(30, 0) == 1 and savings(10, 20) == -1
+    with pytest.raises(MomeError, match="reached the target"):
+        savings(math.inf, 3)
 
 
 def test_stage_bands_follow_one_another():
@@ -165,94 +223,3 @@ def test_incomplete_scores_are_refused_in_one_sentence():
         forgetting(R[:2])
     with pytest.raises(ForgettingError, match="at least two"):
         forgetting_by_language(R[:1])
-
-
-# --- a mixture that grows --------------------------------------------------------------------------------
-
-LANGUAGES = ("en", "fr", "py")
-TEXTS = {
-    "en": "the pebbles lie in rows of three and the line is long " * 3,
-    "fr": "les cailloux sont posés en rangées de trois, l'été " * 3,
-    "py": "def rows(n):\n    return [n % 3 for n in range(n)]\n" * 3,
-}
-
-
-@pytest.fixture(scope="module")
-def mixture():
-    """Three untrained experts behind a router fitted on the texts they will be scored on."""
-    tokenizer = train_tokenizer([*TEXTS.values()] * 3, 300)
-    sizes = {"vocab_size": len(tokenizer), "block_size": 16, "bos": 1, "eos": 2}
-    experts = {name: build_gpt2(Shape(1, 16, 2), seed=i, **sizes) for i, name in enumerate(LANGUAGES)}
-    blocks = {}
-    for name, text in TEXTS.items():
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        blocks[name] = np.array([ids[i : i + 12] for i in range(0, 36, 4)])
-    router = fit_router(blocks, len(tokenizer))
-    model = MomeForCausalLM.from_experts(experts, router).eval()
-    documents = [
-        Document(f"{i}", name, "g", "t", text[i:]) for name, text in TEXTS.items() for i in (0, 7)
-    ] + [Document("mixed", "en", "g", "t", TEXTS["py"] + TEXTS["fr"])]
-    return model, tokenizer, documents
-
-
-@pytest.fixture(scope="module")
-def grown(mixture):
-    model, tokenizer, documents = mixture
-    return score_growing(model, tokenizer, documents, block_size=16, stride=8, batch_size=5)
-
-
-def test_oracle_routes_forget_nothing_at_all(grown):
-    nats = grown[grown["routes"] == "oracle"].pivot_table(
-        index=["language", "document"], columns="stage", values="nats"
-    )
-    for stage, language in enumerate(LANGUAGES, start=1):
-        own = nats.loc[language].loc[:, stage:].to_numpy()
-        assert (own == own[:, :1]).all()  # to the bit, from the language's own stage on
-
-
-def test_the_last_stage_is_the_routed_score_of_the_whole_mixture(mixture, grown):
-    model, tokenizer, documents = mixture
-    expected = score_settings(model, tokenizer, documents, block_size=16, stride=8).set_index("setting")
-    for routes, setting in [("router", "routed"), ("oracle", "routed, true language")]:
-        last = grown[(grown["routes"] == routes) & (grown["stage"] == 3)]
-        np.testing.assert_allclose(last["nats"], expected.loc[setting, "nats"], rtol=1e-5)
-        assert list(last["tokens"]) == list(expected.loc[setting, "tokens"])
-
-
-def test_each_stage_agrees_with_one_forward_pass_per_window(mixture, grown):
-    model, tokenizer, documents = mixture
-    for stage in (1, 2, 3):
-
-        def logits(ids, stage=stage):
-            return model(ids, routes=model.router(ids)[:, :stage].argmax(-1)).logits
-
-        slow = score_documents(logits, tokenizer, documents, block_size=16, stride=8, batch_size=1)
-        fast = grown[(grown["routes"] == "router") & (grown["stage"] == stage)]
-        np.testing.assert_allclose(fast["nats"], slow["nats"], rtol=1e-5)
-
-
-def test_gradient_cosines_predict_what_a_small_step_does(mixture):
-    model, tokenizer, _ = mixture
-    expert = model.experts[0].double()
-    ids = {
-        name: torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"][:16]])
-        for name, text in TEXTS.items()
-    }
-    table = gradient_cosines(expert, {name: (batch, batch) for name, batch in ids.items()})
-    np.testing.assert_allclose(np.diag(table), 1)
-    np.testing.assert_allclose(table, table.T)
-
-    def loss(name):  # in float64; the model's own loss is float32
-        return torch.nn.functional.cross_entropy(expert(input_ids=ids[name]).logits[0, :-1], ids[name][0, 1:])
-
-    before = loss("en")
-    length = torch.cat([g.flatten() for g in torch.autograd.grad(before, list(expert.parameters()))]).norm()
-    expert.zero_grad()
-    loss("fr").backward()
-    norm = torch.cat([p.grad.flatten() for p in expert.parameters()]).norm()
-    step = 1e-6
-    with torch.no_grad():
-        for parameter in expert.parameters():
-            parameter -= step * parameter.grad / norm
-        after = loss("en")
-    assert (after - before).item() == pytest.approx(-step * table.loc["en", "fr"] * length.item(), rel=1e-3)

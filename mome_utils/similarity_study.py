@@ -1,0 +1,257 @@
+"""The models of the study as readers of held-out passages, and tables of how alike they are.
+
+A model is named by a :class:`Ref`: what kind it is (an arm of notebook 03, a mixture's expert, the teacher, an
+untrained twin), for which language it was made, and its seed. Models are compared on passages of one language at a
+time: pooled over languages, every model that tells them apart would look like every other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from itertools import combinations
+from typing import NamedTuple
+
+import pandas as pd
+from transformers import PreTrainedModel
+
+from mome_utils.config import MomeError
+from mome_utils.moe import MomeForCausalLM
+from mome_utils.moe_config import COMMON
+from mome_utils.representations import (
+    AGGREGATIONS,
+    Aggregation,
+    Passage,
+    Reader,
+    States,
+    expert_reader,
+    hidden_states,
+    layer_reader,
+)
+from mome_utils.runs import Run
+from mome_utils.similarity import NEIGHBOURS, Space, compare_all
+from mome_utils.similarity_baselines import ALL, permuted, topic_folds
+from mome_utils.training import build_model
+
+__all__ = [
+    "SIMILARITY_MODULES", "Collection", "Pair", "Ref", "expert_pairs", "floor_rows", "kind_pairs", "layer_rows",
+    "pair_rows", "seed_pairs", "teacher_pairs",
+]
+
+#: Modules whose sources define a table of similarities.
+SIMILARITY_MODULES = tuple(
+    f"mome_utils.{name}" for name in (
+        "representations", "similarity", "similarity_baselines", "similarity_cca", "similarity_inputs",
+        "similarity_linear", "similarity_neighbours", "similarity_study",
+    )
+)
+
+
+class Ref(NamedTuple):
+    """A model: its kind, the language it was made for ("" for all of them), and its seed."""
+
+    kind: str
+    made_for: str
+    seed: int
+
+
+class Pair(NamedTuple):
+    """Two models, and the language of the passages on which they are compared."""
+
+    a: Ref
+    b: Ref
+    language: str
+
+
+@dataclass
+class Collection:
+    """Models that read the same passages. A model reads a language when first asked to, and its states are kept.
+
+    Attributes:
+        passages: by language, what is read.
+        pad: token id that fills shorter passages.
+        folds: groups of topics that are left out in turn (0: none).
+        neighbours: k of the neighbourhood measures; fewer where a language has few passages.
+    """
+
+    passages: Mapping[str, Sequence[Passage]]
+    pad: int
+    folds: int = 0
+    neighbours: int = NEIGHBOURS
+    _makers: dict[Ref, Callable[[], Reader]] = field(default_factory=dict)
+    _states: dict[tuple[Ref, str], States] = field(default_factory=dict)
+
+    def add_run(self, kind: str, made_for: str, run: Run, *, untrained: bool = False) -> None:
+        """A finished run's GPT-2, or ``untrained`` the very weights that its training started from.
+
+        Raises:
+            MomeError: there is such a model already.
+        """
+        self._add(Ref(kind, made_for, run.spec.seed), lambda: layer_reader(_model(run, untrained)))
+
+    def add_experts(self, kind: str, run: Run, *, common: str = COMMON, untrained: bool = False) -> None:
+        """Every expert of a finished mixture: ``kind`` for each language, and ``common`` for the expert of all.
+
+        Raises:
+            MomeError: there is such a model already.
+        """
+        for name in run.spec.model.experts:
+            self._add(Ref(kind, name, run.spec.seed), partial(_expert, run, name, untrained))
+        if run.spec.model.kind == "moe_ce":
+            self._add(Ref(common, "", run.spec.seed), partial(_expert, run, COMMON, untrained))
+
+    def _add(self, ref: Ref, maker: Callable[[], Reader]) -> None:
+        if ref in self._makers:
+            raise MomeError(
+                f"The collection has a model of kind '{ref.kind}', seed {ref.seed} already: name it otherwise."
+            )
+        self._makers[ref] = maker
+
+    def of(self, kind: str, language: str) -> dict[int, Ref]:
+        """By seed, the models of a kind that were made for a language, or for all of them.
+
+        Raises:
+            MomeError: there is no such model.
+        """
+        found = {ref.seed: ref for ref in self._makers if ref.kind == kind and ref.made_for in ("", language)}
+        if not found:
+            raise MomeError(f"The collection has no model of kind '{kind}' for '{language}': add its runs first.")
+        return found
+
+    def states(self, ref: Ref, language: str) -> States:
+        """A model's representations of a language's passages at every layer."""
+        if (ref, language) not in self._states:
+            ids = [passage.ids for passage in self.passages[language]]
+            self._states[ref, language] = hidden_states(self._makers[ref](), ids, pad=self.pad)
+        return self._states[ref, language]
+
+    def topics(self, language: str) -> list[str]:
+        """The topic of each passage of a language."""
+        return [passage.topic for passage in self.passages[language]]
+
+    def space(self, ref: Ref, language: str, aggregation: Aggregation, layer: int = -1, fold: int = ALL) -> Space:
+        """One layer's representations, without the topics of a fold."""
+        values = self.states(ref, language)[aggregation][layer]
+        kept = values if fold == ALL else values[self._folds[language] != fold]
+        return Space(kept, neighbours=min(self.neighbours, len(kept) - 1), name=f"Layer {layer} of {ref.kind}")
+
+    @cached_property
+    def _folds(self) -> dict[str, object]:
+        return {language: topic_folds(self.topics(language), self.folds) for language in self.passages}
+
+
+def _model(run: Run, untrained: bool) -> PreTrainedModel:
+    return build_model(run.spec.model, run.spec.seed).eval() if untrained else run.model()
+
+
+def _expert(run: Run, name: str, untrained: bool) -> Reader:
+    model = _model(run, untrained)
+    assert isinstance(model, MomeForCausalLM)
+    return expert_reader(model, name)
+
+
+# --------------------------------------------------------------------------------------------------------- pairs
+
+
+def teacher_pairs(models: Collection, kinds: Sequence[str], *, own: bool = True) -> list[Pair]:
+    """Models beside their own teacher (that of their seed), or each beside the teachers of the other seeds."""
+    return [
+        Pair(ref, teacher, language) for language in models.passages for kind in kinds
+        for ref in models.of(kind, language).values() for teacher in models.of("teacher", language).values()
+        if (ref.seed == teacher.seed) == own
+    ]
+
+
+def seed_pairs(models: Collection, kinds: Sequence[str]) -> list[Pair]:
+    """Two trainings of one kind that differ in their seed, each pair once: the ceiling."""
+    return [
+        Pair(a, b, language) for language in models.passages for kind in kinds
+        for a, b in combinations(models.of(kind, language).values(), 2)
+    ]
+
+
+def kind_pairs(models: Collection, kinds: Sequence[str]) -> list[Pair]:
+    """Models of two kinds, for every two kinds and every combination of their seeds."""
+    return [
+        Pair(a, b, language) for language in models.passages for first, second in combinations(kinds, 2)
+        for a in models.of(first, language).values() for b in models.of(second, language).values()
+    ]
+
+
+def expert_pairs(models: Collection, kinds: Sequence[str], *, own: bool = True) -> list[Pair]:
+    """A language's expert beside every other expert on that language: of the same seed, so of one mixture, or of the
+    other seeds."""
+    return [
+        Pair(a, b, language) for language in models.passages for kind in kinds
+        for a in models.of(kind, language).values()
+        for other in models.passages if other != language
+        for b in models.of(kind, other).values() if (a.seed == b.seed) == own
+    ]
+
+
+# --------------------------------------------------------------------------------------------------------- scores
+
+
+def pair_rows(
+    models: Collection, pairs: Sequence[Pair], measures: Sequence[str] | None = None, *,
+    aggregations: Sequence[Aggregation] = AGGREGATIONS, jackknifed: bool | Sequence[str] = True,
+) -> pd.DataFrame:
+    """Scores of pairs of models at their last layers, of all topics and without each fold of them.
+
+    Args:
+        measures: names (by default all). aggregations: of passages.
+        jackknifed: whether, or for which measures, folds of topics are left out too.
+
+    Returns:
+        ``kind, made_for, seed, kind_b, made_for_b, seed_b, language, aggregation, measure, fold, value``.
+    """
+    rows = []
+    for language in dict.fromkeys(pair.language for pair in pairs):
+        chosen = [pair for pair in pairs if pair.language == language]
+        for aggregation in aggregations:
+            for fold in (ALL, *range(models.folds if jackknifed else 0)):
+                names = measures if fold == ALL or jackknifed is True else list(jackknifed or ())
+                spaces = {  # every view is computed once for all pairs of a model, and forgotten with the fold
+                    ref: models.space(ref, language, aggregation, fold=fold)
+                    for ref in dict.fromkeys(ref for pair in chosen for ref in pair[:2])
+                }
+                for a, b, _ in chosen:
+                    for name, value in compare_all(spaces[a], spaces[b], names).items():
+                        rows.append((*a, *b, language, aggregation, name, fold, value))
+    return pd.DataFrame(rows, columns=_COLUMNS)
+
+
+_COLUMNS = ["kind", "made_for", "seed", "kind_b", "made_for_b", "seed_b", "language", "aggregation", "measure", "fold",
+            "value"]
+
+
+def floor_rows(
+    models: Collection, pairs: Sequence[Pair], measures: Sequence[str] | None = None, *,
+    aggregations: Sequence[Aggregation] = AGGREGATIONS, draws: int = 2,
+) -> pd.DataFrame:
+    """Scores of pairs whose second model's rows are permuted; columns as :func:`pair_rows`, all topics."""
+    rows = []
+    for a, b, language in pairs:
+        for aggregation in aggregations:
+            x, y = (models.space(ref, language, aggregation) for ref in (a, b))
+            for name, value in permuted(x, y, measures, draws=draws).items():
+                rows.append((*a, *b, language, aggregation, name, ALL, value))
+    return pd.DataFrame(rows, columns=_COLUMNS)
+
+
+def layer_rows(
+    models: Collection, pairs: Sequence[Pair], measures: Sequence[str], *,
+    aggregations: Sequence[Aggregation] = AGGREGATIONS,
+) -> pd.DataFrame:
+    """Scores of every pair of layers; columns as :func:`pair_rows`, with ``layer`` and ``layer_b`` (0: embedding)."""
+    rows = []
+    for a, b, language in pairs:
+        for aggregation in aggregations:
+            sides = [[models.space(ref, language, aggregation, layer)
+                      for layer in range(len(models.states(ref, language)[aggregation]))] for ref in (a, b)]
+            for i, x in enumerate(sides[0]):
+                for j, y in enumerate(sides[1]):
+                    for name, value in compare_all(x, y, measures).items():
+                        rows.append((*a, *b, language, aggregation, name, ALL, value, i, j))
+    return pd.DataFrame(rows, columns=[*_COLUMNS, "layer", "layer_b"])
