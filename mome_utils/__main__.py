@@ -194,7 +194,7 @@ def parser() -> argparse.ArgumentParser:
     publish.set_defaults(command=_publish)
 
     bench = commands.add_parser("bench", help="time a part of the package, and say what it needs")
-    bench.add_argument("name", metavar="NAME", help="which benchmark: router, moe or similarity")
+    bench.add_argument("name", metavar="NAME", help="which benchmark: router, moe, similarity, kd, ce, large or sweep")
     bench.add_argument("--rounds", type=int, default=7, metavar="N",
                        help="how often each is timed, in turn (default: %(default)d)")
     bench.add_argument("--out", type=Path, metavar="FILE", help="JSON to write (default: data/benchmarks/NAME.json)")

@@ -241,9 +241,37 @@ def similarity(**options: Any) -> list[dict[str, Any]]:
     return measured(**options)
 
 
+def kd(**options: Any) -> list[dict[str, Any]]:
+    """Distillation with a cached teacher next to a textbook's loop: :func:`mome_utils.bench_kd.kd`."""
+    from mome_utils import bench_kd
+
+    return bench_kd.kd(**options)
+
+
+def ce(**options: Any) -> list[dict[str, Any]]:
+    """Language modelling next to a textbook's loop: :func:`mome_utils.bench_kd.ce`."""
+    from mome_utils import bench_kd
+
+    return bench_kd.ce(**options)
+
+
+def large(**options: Any) -> list[dict[str, Any]]:
+    """Memory at a large vocabulary next to a textbook's loop: :func:`mome_utils.bench_kd.large`."""
+    from mome_utils import bench_kd
+
+    return bench_kd.large(**options)
+
+
+def sweep(**options: Any) -> list[dict[str, Any]]:
+    """Six runs and their caches next to six textbook runs: :func:`mome_utils.bench_sweep.sweep`."""
+    from mome_utils import bench_sweep
+
+    return bench_sweep.sweep(**options)
+
+
 #: Name to function; each takes ``root``, the project's folder, and ``rounds``, and returns rows.
 BENCHMARKS: Mapping[str, Callable[..., list[dict[str, Any]]]] = MappingProxyType({
-    "router": router, "moe": moe, "similarity": similarity,
+    "router": router, "moe": moe, "similarity": similarity, "kd": kd, "ce": ce, "large": large, "sweep": sweep,
 })
 
 

@@ -115,7 +115,8 @@ def test_numbers_of_a_table_stand_below_each_other():
 
 def test_wrong_requests_get_one_sentence(tmp_path, capsys):
     assert main(["bench", "rooter", "--out", str(tmp_path / "x.json")]) == 2
-    assert capsys.readouterr().err == "mome: There is no benchmark 'rooter': choose one of router, moe, similarity.\n"
+    names = "router, moe, similarity, kd, ce, large, sweep"
+    assert capsys.readouterr().err == f"mome: There is no benchmark 'rooter': choose one of {names}.\n"
     assert main(["bench", "router", "--rounds", "0", "--out", str(tmp_path / "x.json")]) == 2
     assert "one round or more" in capsys.readouterr().err
     assert main(["bench", "router", "--out", str(tmp_path)]) == 2
