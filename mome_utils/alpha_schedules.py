@@ -55,6 +55,8 @@ class AlphaStrategy(ABC):
 
     #: Whether ``weights`` looks at ``ce_norm`` and ``kd_norm``.
     needs_norms: ClassVar[bool] = False
+    #: Whether ``weights`` looks at ``ce`` and ``kd``; one that does not may be asked before they are known.
+    needs_losses: ClassVar[bool] = True
 
     def needs(self, step: int, micro: int = 0) -> tuple[bool, bool]:
         """Which losses (CE, KD) micro-batch ``micro`` of step ``step`` computes; both unless a rule says less.
@@ -100,6 +102,8 @@ def finite(now: Signals, names: Sequence[str]) -> list[float]:
 
 class ScheduleAlpha(AlphaStrategy):
     """A rule that is a function of the optimizer step; a loss of weight 0 is not computed at all."""
+
+    needs_losses = False
 
     @abstractmethod
     def alpha(self, step: int) -> float:
@@ -200,6 +204,8 @@ class PublishedAlternatingAlpha(AlphaStrategy):
     With an even number of micro-batches every update averages as many CE as KD batches: the combined loss
     with α = 0.5 under another name. With an odd number the order carries over from step to step.
     """
+
+    needs_losses = False
 
     def __init__(self) -> None:
         self.step = -1  # the step of the latest micro-batch

@@ -147,6 +147,7 @@ class Divergence:
         name: its key in DIVERGENCES.
         compute: function(log p of the teacher [..., V], log q of the student [..., V], parameter) → [...] nats, of
             normalised log-probabilities, both float32 or both float64. It can be differentiated once, in log q.
+        rule: the same with its pull, without autograd.
         formula: per position, at temperature 1.
         gradient: which direction of which divergence the student's gradient follows.
         range: of the value at temperature 1, in nats.
@@ -160,6 +161,7 @@ class Divergence:
 
     name: str
     compute: Callable[[Tensor, Tensor, float], Tensor]
+    rule: Rule
     formula: str
     gradient: str
     range: str
@@ -172,7 +174,7 @@ class Divergence:
 
 
 def _divergence(rule: Rule, name: str, **about: Any) -> Divergence:
-    return Divergence(name, partial(_WithPull.apply, rule), **about)
+    return Divergence(name, partial(_WithPull.apply, rule), rule, **about)
 
 
 DIVERGENCES: Mapping[str, Divergence] = MappingProxyType({d.name: d for d in (

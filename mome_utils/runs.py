@@ -50,7 +50,7 @@ STATES = "teacher_states"
 
 def run_modules(spec: TrainSpec) -> tuple[str, ...]:
     """Modules whose source defines a run's numbers, and so is part of its key."""
-    names = ["models", "schedules", "training", "runs"]
+    names = ["models", "schedules", "fused", "training", "runs"]
     if spec.objective is not None:
         names += ["divergences", "alpha", "alpha_schedules", "distillation", "kd_training"]
     if spec.model.kind != "gpt2":

@@ -22,6 +22,7 @@ from transformers import GPT2LMHeadModel, PreTrainedModel, Trainer, TrainerCallb
 from mome_utils.artifacts import file_digest, write_atomic
 from mome_utils.config import MomeError, Shape
 from mome_utils.distillation import Objective
+from mome_utils.fused import fused_ce
 from mome_utils.models import build_gpt2, shifted_ce
 from mome_utils.schedules import ScheduleKind
 
@@ -277,11 +278,32 @@ class LMTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Mapping[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        logits = model_logits(model, inputs["input_ids"], inputs["languages"])
-        loss = shifted_ce(logits, inputs["input_ids"])
+        logits, hidden = None, None if return_outputs else self.hidden_states(model, inputs["input_ids"])
+        if hidden is not None:
+            loss = fused_ce(hidden, model.lm_head.weight, inputs["input_ids"], dtype=self.product_dtype)
+        else:
+            logits = model_logits(model, inputs["input_ids"], inputs["languages"])
+            loss = shifted_ce(logits, inputs["input_ids"])
         if model.training:
             self.record(loss=loss.item())
         return (loss, logits) if return_outputs else loss
+
+    def hidden_states(self, model: Any, ids: Tensor) -> Tensor | None:
+        """Last hidden states [B, T, H] of a plain GPT-2, whose logits are one product away.
+
+        ``None`` for a mixture, which may have several output matrices, and for a model that is wrapped to be trained
+        in parallel, which must be called as a whole.
+        """
+        if type(model) is not GPT2LMHeadModel:
+            return None
+        with self.accelerator.autocast():  # it wraps the whole model's forward pass only
+            states: Tensor = model.transformer(input_ids=ids, use_cache=False).last_hidden_state
+        return states
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """Type of the products of hidden states and output matrix."""
+        return torch.bfloat16 if self.spec.dtype == "bfloat16" else torch.float32
 
     def record(self, **values: float) -> None:
         """Append a row for the step under way."""
