@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mome_utils.config import MomeError
 from mome_utils.distillation import Objective
 from mome_utils.divergences import DIVERGENCES, log_probabilities, teacher_side
 from mome_utils.models import IGNORED, next_tokens
@@ -74,6 +75,8 @@ class _Known(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, above: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        if torch.is_grad_enabled():  # create_graph: second derivatives would be missing, silently
+            raise MomeError("Fused losses can be differentiated once only: call backward without create_graph.")
         by_hidden, by_weight = ctx.saved_tensors
         return above * by_hidden, above * by_weight, None, None, None
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mome_utils import artifacts, distillation, recipes, runs, schedules, training
+from mome_utils import artifacts, distillation, kd_training, recipes, runs, schedules, training
 from mome_utils.artifacts import MissingArtifact
 from mome_utils.config import MomeError
 from mome_utils.runs import run_key, teacher_states, train_or_load
@@ -267,3 +267,16 @@ def test_one_random_score_is_what_the_saved_model_gives(study):
         nats -= logits.log_softmax(-1)[ids[target]].item()
     assert row["nats"] == pytest.approx(nats, rel=1e-4)
     assert row["bytes"] == len(document.text.encode())
+
+
+@pytest.mark.parametrize(("rule", "micro_batches"), [
+    ("fixed", 1), ("published_adaptive", 2), ("gradient_norm", 1), ("alternating", 1), ("published_alternating", 4),
+])
+def test_losses_in_chunks_train_as_whole_logits_do(study, rule, micro_batches, monkeypatch):
+    goal = distillation.Objective("reverse_kl", rule, micro_batches=micro_batches)
+    spec = dataclasses.replace(recipes.student_spec(study, "en", "fixed", 0), objective=goal, snapshots=())
+    chunked = fresh(study, spec).history()
+    monkeypatch.setattr(kd_training, "covers", lambda objective: False)
+    whole = fresh(study, spec).history()
+    assert list(chunked) == list(whole)
+    np.testing.assert_allclose(chunked.to_numpy(), whole.to_numpy(), rtol=2e-3, atol=2e-4)
