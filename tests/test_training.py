@@ -214,6 +214,8 @@ def test_a_changed_loss_trains_again_and_a_changed_figure_does_not(study, monkey
         monkeypatch.setattr(runs, "source_digest", edited(f"mome_utils.{module}"))
         assert run_key(spec) != before
         assert run_key(plain) == before_plain, "a run without a teacher does not depend on the distillation losses"
+    monkeypatch.setattr(runs, "source_digest", edited("mome_utils.fused"))
+    assert run_key(spec) != before and run_key(plain) != before_plain
 
 
 def test_specs_that_differ_have_different_keys(study):
