@@ -206,6 +206,7 @@ def test_a_notebook_names_the_one_to_run_first(
     assert "MissingArtifact" in sentence
 
 
+@pytest.mark.long
 def test_the_study_runs_on_texts_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two languages, no ids, no groups, no titles: nothing is aligned, and every notebook runs all the same."""
     texts = tmp_path / "texts"
