@@ -341,6 +341,24 @@ def test_all_layer_pairs_are_the_single_comparisons() -> None:
         assert found[1, 2] == compare(name, first[1], second[2], neighbours=3)
 
 
+@pytest.mark.parametrize(("n", "a", "b"), [(40, 7, 9), (12, 30, 20)])
+def test_measures_that_share_work_score_as_each_alone(n: int, a: int, b: int) -> None:
+    x, y = (Space(z, neighbours=K) for z in clouds(11, n, a, b))
+    together = compare_all(x, y)
+    assert together == pytest.approx({name: compare(name, x.values, y.values, neighbours=K) for name in MEASURES})
+    for name in ("cka", "procrustes", "svcca", "pwcca"):
+        assert together[name] == pytest.approx(NAIVE[name](x.values, y.values), abs=1e-9) or n < a
+    assert compare_all(x, y) == together  # the spaces keep their views, and nothing of the other
+
+
+def test_a_product_is_computed_once_for_all_that_need_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    known = scipy.linalg.svdvals
+    monkeypatch.setattr(scipy.linalg, "svdvals", lambda x: calls.append(1) or known(x))
+    compare_all(*clouds(), ["procrustes", "angular", "cka", "debiased_cka"])
+    assert len(calls) == 1
+
+
 def test_a_space_computes_each_view_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     known = similarity.distance_ranks
