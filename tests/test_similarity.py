@@ -321,7 +321,7 @@ def test_minibatches_estimate_the_same_whatever_their_size() -> None:
 
 
 def test_no_measure_needs_more_than_one_square_matrix_beside_its_views() -> None:
-    """1,000 rows of 256 dimensions; a square matrix is 8 MB. What else there is: rows, and the ranks of RSA's first side."""
+    """1,000 rows of 256 dimensions; a square matrix is 8 MB. Beside it: rows, and one side's ranks in RSA."""
     x, y = np.random.default_rng(0).normal(size=(2, 1000, 256))
     square = 8 * 1000 * 1000
     for name, entry in MEASURES.items():
