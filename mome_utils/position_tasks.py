@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,38 +11,46 @@ import numpy as np
 import pandas as pd
 
 from mome_utils.config import MomeError
+from mome_utils.corpus import Document
 from mome_utils.dataset import StudyData
 from mome_utils.models import IGNORED
 from mome_utils.tagging import OUTSIDE, Sentence, Tagged, sentences
 from mome_utils.tagging_entities import ENTITY_LABELS, tag_entities
 from mome_utils.tagging_files import read_folder
 from mome_utils.tagging_python import PYTHON_LABELS, tag_python
-from mome_utils.token_classes import CODE, function_words
+from mome_utils.token_classes import CLASSES, CODE, byte_classes, function_words
 
 __all__ = [
-    "ENTITY_LANGUAGES", "Task", "TaskSpec", "label_positions", "make_task", "sample", "task_from_folder", "task_specs",
+    "ENTITY_LANGUAGES", "Task", "TaskSpec", "label_positions", "make_task", "sample", "tag_words",
+    "task_from_folder", "task_specs",
 ]
 
 #: Languages whose names can be told by rule.
 ENTITY_LANGUAGES = ("en", "fr")
+_LABELS = {
+    "code": PYTHON_LABELS, "entities": ENTITY_LABELS, "words": tuple(name for name in CLASSES if name != "space"),
+}
+_WORD = re.compile(r"\w+|[^\w\s]")
 
 
 @dataclass(frozen=True)
 class TaskSpec:
     """What defines a task on a data set.
 
-    ``kind`` is ``code`` (kinds of tokens of Python) or ``entities`` (spans by rule); ``longest`` the most subwords of a
-    sentence; ``tested`` how many test sentences are scored.
+    ``kind`` is ``code`` (kinds of tokens of Python), ``entities`` (spans by rule) or ``words`` (kinds of words by rule,
+    in any language); ``longest`` the most subwords of a sentence; ``learned`` and ``tested`` how many sentences are
+    kept for training and for testing.
     """
 
     kind: str
     languages: tuple[str, ...]
     longest: int
+    learned: int
     tested: int
 
     def __post_init__(self) -> None:
-        if self.kind not in ("code", "entities"):
-            raise MomeError(f"There is no task '{self.kind}': choose code or entities.")
+        if self.kind not in _LABELS:
+            raise MomeError(f"There is no task '{self.kind}': choose one of {', '.join(_LABELS)}.")
 
 
 @dataclass(frozen=True)
@@ -66,34 +75,60 @@ class Task:
         return label != IGNORED and self.labels[label] != OUTSIDE
 
 
-def task_specs(languages: Sequence[str], block_size: int, copies: int, tested: int) -> list[TaskSpec]:
+def task_specs(languages: Sequence[str], block_size: int, copies: int, learned: int, tested: int) -> list[TaskSpec]:
     """The tasks that a study's languages allow: ``code`` with Python, ``entities`` with English or French.
 
-    A sentence with one special token before it fits ``copies`` times into a block.
+    Where there is neither, ``words``. A sentence with one special token before it fits ``copies`` times into a block.
     """
-    longest = (block_size - 1) // copies
     groups = {"code": [g for g in languages if g in CODE], "entities": [g for g in languages if g in ENTITY_LANGUAGES]}
-    return [TaskSpec(kind, tuple(own), longest, tested) for kind, own in groups.items() if own]
+    if not any(groups.values()):
+        groups = {"words": list(languages)}
+    longest = (block_size - 1) // copies
+    return [TaskSpec(kind, tuple(own), longest, learned, tested) for kind, own in groups.items() if own]
 
 
 def make_task(spec: TaskSpec, data: StudyData) -> Task:
-    """The sentences of a task; those for testing are spread evenly over the test documents.
+    """The sentences of a task, spread evenly over the documents.
+
+    Training on spans takes sentences with a span and as many without one: positives stay rare, but not so rare that a
+    small model learns to say nothing. The test sentences are as they come.
 
     Raises:
         MomeError: no document of the languages can be labelled.
     """
     found: dict[str, list[Sentence]] = {"train": [], "test": []}
-    labels = PYTHON_LABELS if spec.kind == "code" else ENTITY_LABELS
+    labels = _LABELS[spec.kind]
     for language in spec.languages:
         learned = data.documents("train", language)
         frequent = function_words([d.text for d in learned])
         for split, own in found.items():
             documents = learned if split == "train" else data.documents(split, language)
-            tagged = [tag_python(d) if spec.kind == "code" else tag_entities(d, frequent) for d in documents]
+            tagged = [_tag(spec.kind, d, frequent) for d in documents]
             own += sentences(data.tokenizer, [t for t in tagged if t is not None], labels, spec.longest)
     if not found["train"] or not found["test"]:
         raise MomeError(f"The task '{spec.kind}' finds nothing to label in {', '.join(spec.languages)}: leave it out.")
-    return Task(spec.kind, labels, spec.kind != "code", tuple(found["train"]), sample(found["test"], spec.tested))
+    spans, train = spec.kind == "entities", sample(found["train"], spec.learned)
+    if spans:
+        some = [s for s in found["train"] if any(label > 0 for label in s.labels)]
+        none = [s for s in found["train"] if all(label <= 0 for label in s.labels)]
+        train = (*sample(some, spec.learned // 2), *sample(none, min(len(some), spec.learned // 2)))
+    return Task(spec.kind, labels, spans, train, sample(found["test"], spec.tested))
+
+
+def _tag(kind: str, document: Document, frequent: frozenset[str]) -> Tagged | None:
+    if kind == "code":
+        return tag_python(document)
+    return tag_entities(document, frequent) if kind == "entities" else tag_words(document, frequent)
+
+
+def tag_words(document: Document, frequent: frozenset[str]) -> Tagged:
+    """The words of a text of any language with their kinds (:mod:`mome_utils.token_classes`), breaks after lines."""
+    text, code = document.text, document.language in CODE
+    kinds = byte_classes(text, frequent, code=code)
+    at = np.cumsum([0, *(len(c.encode()) for c in text)])
+    words = tuple((m.start(), m.end(), CLASSES[kinds[at[m.start()]]]) for m in _WORD.finditer(text))
+    breaks = tuple(m.end() for m in re.finditer(r"\n+", text) if m.end() < len(text))
+    return Tagged(document.id, document.language, text, words, breaks)
 
 
 def task_from_folder(

@@ -9,7 +9,7 @@ import pytest
 from mome_utils.config import MomeError
 from mome_utils.corpus import Document
 from mome_utils.models import IGNORED
-from mome_utils.position_tasks import Task, TaskSpec, label_positions, sample, task_specs
+from mome_utils.position_tasks import Task, TaskSpec, label_positions, sample, tag_words, task_specs
 from mome_utils.tagging import Sentence, Tagged, entity_spans, sentences, to_bio
 from mome_utils.tagging_entities import tag_entities
 from mome_utils.tagging_files import read_conll, read_conllu, read_folder
@@ -269,13 +269,20 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_tasks_that_languages_allow() -> None:
-    found = task_specs(["en", "de", "py"], 128, 4, 10)
+    found = task_specs(["en", "de", "py"], 128, 4, 50, 10)
     assert [(spec.kind, spec.languages, spec.longest) for spec in found] == [
         ("code", ("py",), 31), ("entities", ("en",), 31)]
     assert 1 + 4 * 31 <= 128 < 1 + 4 * 32
-    assert task_specs(["de", "xx"], 64, 4, 10) == []
+    assert task_specs(["de", "xx"], 64, 4, 50, 10) == [TaskSpec("words", ("de", "xx"), 15, 50, 10)]
     with pytest.raises(MomeError, match="no task"):
-        TaskSpec("other", ("en",), 3, 4)
+        TaskSpec("other", ("en",), 3, 4, 5)
+
+
+def test_kinds_of_words_in_any_language() -> None:
+    tagged = tag_words(Document("d", "xx", "", "", "Où est Émile, 12?\nIci"), frozenset({"est"}))
+    assert labelled(tagged) == [("Où", "word"), ("est", "function_word"), ("Émile", "name"), (",", "punctuation"),
+                                ("12", "number"), ("?", "punctuation"), ("Ici", "word")]
+    assert tagged.breaks == (18,)
 
 
 def test_positions_of_labels_and_an_even_sample() -> None:
