@@ -73,10 +73,16 @@ def drop_interval(rows: pd.DataFrame, first: int = 1, last: int | None = None) -
     return difference_interval(rows[rows["k"] == first], rows[rows["k"] == last])
 
 
-def gain_interval(rows: pd.DataFrame, arm: str, control: str, k: int) -> Interval:
-    """F1 at place ``k`` under an arm minus F1 there under its control, in points."""
+def gain_interval(rows: pd.DataFrame, arms: Sequence[str], control: str, k: int) -> Interval:
+    """F1 at place ``k`` under some arms (their mean) minus F1 there under their control, in points."""
     place = rows[rows["k"] == k]
-    return difference_interval(place[place["arm"] == arm], place[place["arm"] == control])
+    # Each arm's models are cells of their own; opposite each stands the control's model under the same name.
+    with_arm, without = (
+        pd.concat([place[place["arm"] == (own or arm)].assign(model=lambda t, arm=arm: t["model"] + " " + arm)
+                   for arm in arms])
+        for own in ("", control)
+    )
+    return difference_interval(with_arm, without)
 
 
 def _row(found: Interval, **names: object) -> dict[str, object]:
