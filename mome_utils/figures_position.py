@@ -14,12 +14,12 @@ __all__ = ["position_profile"]
 
 
 @styled
-def position_profile(seen: pd.DataFrame, losses: pd.DataFrame, bins: int = 4) -> Figure:
+def position_profile(seen: pd.DataFrame, losses: pd.DataFrame, bins: int = 8) -> Figure:
     """Left: how often training showed a positive at each position. Right: the loss of a test word, by position.
 
     seen: ``position``, ``count``. losses: ``position``, ``nats`` (sum), ``words``, ``kind`` (a line), and any number of
-    rows for a position (seeds, say). bins: positions that are taken together in the lines. The shade on the right are
-    the positions that training showed.
+    rows for a position (seeds, say). bins: positions that are taken together in the lines; where they hold less than a
+    tenth of the usual number of words, no line is drawn. The shade on the right are the positions that training showed.
     """
     require(seen, ("position", "count"), ("position", "count"))
     require(losses, ("position", "nats", "words", "kind"), ("position", "nats", "words"))
@@ -35,6 +35,7 @@ def position_profile(seen: pd.DataFrame, losses: pd.DataFrame, bins: int = 4) ->
     for kind in kinds:
         part = losses[losses["kind"].astype(str) == kind]
         table = part.groupby(part["position"] // bins)[["nats", "words"]].sum()
+        table = table[table["words"] >= 0.1 * table["words"].mean()]
         middle = np.minimum((table.index + 0.5) * bins, end)
         right.plot(middle, table["nats"] / table["words"], color=color[kind])
     right.set(xlim=(0, end), xlabel="Position", ylabel="Nats per word", title="Test")

@@ -70,15 +70,15 @@ class Budget:
     sentences: int
     learned: int
     tested: int
-    pretrain_rate: float = 4e-3
+    pretrain_rate: float = 3e-3
     rate: float = 3e-3
 
 
 def budget_of(study: Study) -> Budget:
     """What a profile affords: seconds a run on a laptop, the student's shape on larger machines."""
     known = {
-        "smoke": Budget(Shape(1, 32, 2), 12, 4, 16, 8, 256, 40),
-        "laptop": Budget(Shape(2, 64, 2), 100, 9, 80, 16, 3000, 200),
+        "smoke": Budget(Shape(1, 32, 2), 12, 3, 16, 8, 128, 24),
+        "laptop": Budget(Shape(2, 64, 2), 200, 3, 80, 16, 3000, 200),
     }
     large = Budget(study.profile.student, 4000, 32, 1000, 32, 50_000, 2000, pretrain_rate=6e-4, rate=2e-4)
     return known.get(study.profile.name, large)

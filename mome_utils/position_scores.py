@@ -33,6 +33,7 @@ from mome_utils.position_models import load_classifier
 from mome_utils.position_runs import STAGE, load_task
 from mome_utils.position_tasks import Task
 from mome_utils.runs import torch_threads
+from mome_utils.sweeps import quiet
 from mome_utils.tagging import Sentence, entity_spans
 
 __all__ = ["SPAN", "attention_to_copies", "count_matches", "score_job", "score_places"]
@@ -188,6 +189,7 @@ def attention_to_copies(
 
 def score_job(key: str, task: str, copies: int, threads: int, root: Path, data_folder: Path) -> list[pd.DataFrame]:
     """Counts, losses and attention of one finished run, in whatever process it lands."""
+    quiet()
     store, data = Store(root), StudyData.load(data_folder)
     tokens = {"bos": data.tokenizer.bos_token_id, "pad": data.tokenizer.pad_token_id}
     with torch_threads(threads):
