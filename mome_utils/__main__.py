@@ -1,4 +1,4 @@
-"""The command line: ``mome study``, ``status``, ``dataset``, ``export``, ``publish``, ``bench``.
+"""The command line: ``mome study``, ``batch``, ``report``, ``status``, ``dataset``, ``export``, ``publish``, ``bench``.
 
 Heavy libraries are imported by the command that needs them, so that help and complaints come at once.
 """
@@ -40,12 +40,46 @@ def _study(options: argparse.Namespace) -> int:
     from mome_utils.runner import CellFailed, run_study
     from mome_utils.study import project_root
 
+    request = _request(options)
     try:
-        run_study(_request(options), root=project_root(), only=_items(options.only), force=options.force)
+        run_study(request, root=project_root(), only=_items(options.only), force=options.force)
     except CellFailed as error:
         print(f"mome: {error}", file=sys.stderr)
         return 1
+    _show_run(request)
     return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from mome_utils.readme import RESULTS
+    from mome_utils.report import ledger_text, write_pages, write_report
+    from mome_utils.study import artifacts_root, project_root
+
+    if options.profile:
+        _show_run(_request(options))
+        return 0
+    root = project_root()
+    print(ledger_text(write_report(root)))
+    index = write_pages(artifacts_root() / "published", root, root / "notebooks", root / RESULTS)
+    print(f"The README, figures/claims.svg and {RESULTS}/claims.csv are up to date; all notebooks: {_shown(index)}")
+    return 0
+
+
+def _show_run(request: Any) -> None:
+    """Print the ledger of a run, write its report and print where that is."""
+    from mome_utils.ledger import ledger
+    from mome_utils.report import ledger_text, write_pages
+    from mome_utils.study import project_root
+
+    _, folder = request.resolve()
+    print(ledger_text(ledger(folder / "results")))
+    print(f"The report is {_shown(write_pages(folder, project_root()))}")
+
+
+def _shown(path: Path) -> str:
+    """A path as short as it can be given from here."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
 def _status(options: argparse.Namespace) -> int:
@@ -163,6 +197,12 @@ def parser() -> argparse.ArgumentParser:
     study.add_argument("--force", action="store_true", help="run notebooks that are up to date, too")
     study.set_defaults(command=_study)
 
+    report = commands.add_parser("report", help="write the ledger, the README's results and all notebooks as web pages",
+                                 description="Without --profile: the published report, from the tracked tables. With "
+                                             "it: the report of that run, below its own folder.")
+    _common(report, profile="")
+    report.set_defaults(command=_report)
+
     status = commands.add_parser("status", help="say which notebooks are up to date and what is stored")
     _common(status)
     status.set_defaults(command=_status)
@@ -202,10 +242,10 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _common(parser: argparse.ArgumentParser) -> None:
-    """The options that name a run of the study."""
-    parser.add_argument("--profile", default="laptop", metavar="NAME",
-                        help=f"how large to run it: {', '.join(profile_names())} (default: laptop)")
+def _common(parser: argparse.ArgumentParser, profile: str = "laptop") -> None:
+    """The options that name a run of the study; ``profile`` is the default."""
+    parser.add_argument("--profile", default=profile, metavar="NAME",
+                        help=f"how large to run it: {', '.join(profile_names())} (default: {profile or 'none'})")
     parser.add_argument("--corpus", default="embedded", metavar="FOLDER",
                         help="folder with one .jsonl, .parquet or folder of .txt files per language")
     parser.add_argument("--languages", default="", metavar="EN,FR",

@@ -186,14 +186,20 @@ def read_evidence(results: Path) -> dict[str, Evidence | None]:
     return found
 
 
-def contradictions(results: Path, tolerance: float = 1e-6) -> list[str]:
-    """Where the effect that a notebook reports is not that of its own rows, one sentence each."""
+def contradictions(results: Path, evidence: Mapping[str, Evidence | None], tolerance: float = 1e-6) -> list[str]:
+    """Where the effect that a notebook reports is not that of its own rows, one sentence each.
+
+    Args:
+        results: the folder that :func:`read_evidence` read.
+        evidence: what it found.
+        tolerance: of the comparison, relative and absolute.
+    """
     said = reports(results).set_index("claim")
     wrong = []
-    for claim, evidence in read_evidence(results).items():
-        if isinstance(evidence, Sampled):
+    for claim, known in evidence.items():
+        if isinstance(known, Sampled):
             then = said.loc[claim]
-            if not np.isclose(evidence.at().estimate, then["estimate"], rtol=tolerance, atol=tolerance):
+            if not np.isclose(known.at().estimate, then["estimate"], rtol=tolerance, atol=tolerance):
                 wrong.append(f"{claim}: {then['notebook']}/claims.parquet and the rows it was made of disagree.")
     return wrong
 

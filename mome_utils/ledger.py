@@ -86,9 +86,12 @@ class Entry:
     figure: str
 
 
-def ledger(results: Path) -> dict[str, Entry]:
-    """The ledger of the run whose result tables lie in ``results``, in the order of the claims."""
-    evidence, settled = read_evidence(results), settled_in(results)
+def ledger(results: Path, evidence: Mapping[str, Evidence | None] | None = None) -> dict[str, Entry]:
+    """The ledger of the run whose result tables lie in ``results``, in the order of the claims.
+
+    ``evidence`` is what :func:`mome_utils.evidence.read_evidence` finds there, when it has been read already.
+    """
+    evidence, settled = read_evidence(results) if evidence is None else evidence, settled_in(results)
     verdicts = holm(evidence)
     entries = {}
     for claim in CLAIMS.values():

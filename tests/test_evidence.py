@@ -85,12 +85,12 @@ def test_a_report_that_is_not_that_of_its_rows_is_found(tmp_path: Path) -> None:
     results = small_study(tmp_path)
     said = {claim: known.at().estimate for claim, known in read_evidence(results).items() if known is not None}
     write_results(results, {f"{KD}/claims": report(("C1", said["C1"], -1, 1), ("C2a", said["C2a"] + 0.001, -1, 1))})
-    assert [sentence.split(":")[0] for sentence in contradictions(results)] == ["C2a"]
+    assert [sentence.split(":")[0] for sentence in contradictions(results, read_evidence(results))] == ["C2a"]
 
 
 def test_the_published_reports_are_those_of_the_published_rows() -> None:
-    assert contradictions(PUBLISHED) == []
     evidence = read_evidence(PUBLISHED)
+    assert contradictions(PUBLISHED, evidence) == []
     assert {claim for claim in SOURCES if isinstance(evidence[claim], Sampled)} == set(SOURCES)
 
 
