@@ -36,7 +36,7 @@ class Design:
 
     Attributes:
         seeds: number of seeds.
-        sizes: bytes of each document, [documents, languages].
+        sizes: bytes of each document, [documents, languages]; 0 where a document has no text in a language.
         documents: effects of the documents around the truth in bits per byte, [documents, languages]; their means
             weighted by bytes are zero, and so is their share of the effect.
         seed_sd: standard deviation between seeds, bits per byte.
@@ -66,7 +66,7 @@ class Design:
 
     def _rest_variance(self) -> np.ndarray:
         """Variance of E for each document and language: larger documents average over more."""
-        return self.rest_sd**2 * self.sizes.mean(0) / self.sizes
+        return np.asarray(self.rest_sd**2 * _mean_size(self.sizes) * _inverse(self.sizes))
 
 
 def design_of(rows: pd.DataFrame) -> Design:
@@ -74,33 +74,48 @@ def design_of(rows: pd.DataFrame) -> Design:
 
     Args:
         rows: :func:`mome_utils.evidence.evidence_rows` of a comparison of two sides: ``cell, seed, document, nats,
-            bytes``; the same documents in every cell.
+            bytes``; both sides and all seeds on the same documents.
 
     Raises:
-        MomeError: fewer than two seeds, or documents that are not in every cell.
+        MomeError: fewer than two seeds, or documents that a side or a seed lacks.
     """
-    table = rows.pivot_table(index=["seed", "document"], columns="cell", values=["nats", "bytes"], aggfunc="sum")
+    table = rows.pivot_table(index=["seed", "document"], columns="cell", values=["nats", "bytes"], aggfunc="sum",
+                             fill_value=0)
     seeds, documents = (len(table.index.levels[i]) for i in (0, 1))
-    if seeds < 2 or len(table) != seeds * documents or table.isna().to_numpy().any():
-        raise MomeError("A design needs two seeds or more, and every document in every cell: pass complete rows.")
-    nats, size = (table[name].to_numpy().reshape(seeds, documents, -1) for name in ("nats", "bytes"))
-    half = nats.shape[2] // 2
+    half = rows["cell"].nunique() // 2
+    alike = len(table) == seeds * documents
+    if alike:
+        nats, size = (table[name].to_numpy().reshape(seeds, documents, -1) for name in ("nats", "bytes"))
+        alike = bool((size[..., :half] == size[..., half:]).all() and (size == size[0]).all())
+    if seeds < 2 or not alike:
+        raise MomeError("A design needs two seeds or more, all on the same documents, as both sides: pass whole rows.")
     sizes = size[0, :, :half].astype(float)
-    effects = (nats[..., :half] - nats[..., half:]) / LN2 / sizes
+    effects = (nats[..., :half] - nats[..., half:]) / LN2 * _inverse(sizes)
     weights = sizes / sizes.sum(0)
+    held = (sizes > 0).sum(0)  # documents with text in each language
     of_seed = (weights * effects).sum(1)  # [seeds, languages]
     rest = effects - effects.mean(0) - (of_seed - of_seed.mean(0))[:, None, :]
     # Each document takes part in its own means: their degrees of freedom are gone.
-    rest_variance = (weights * rest**2).sum((0, 1)) * documents / ((seeds - 1) * (documents - 1))
+    rest_variance = (weights * rest**2).sum((0, 1)) * held / ((seeds - 1) * np.maximum(held - 1, 1))
     middle = effects.mean(0)
     mean = (weights * middle).sum(0)
-    around = middle - mean
+    around = np.where(sizes > 0, middle - mean, 0.0)
     # A document's mean over seeds holds 1/S of the rest's variance: shrunk so that what is left is its own.
     spread = (weights * around**2).sum(0)
     own = np.clip(1 - rest_variance / seeds / np.where(spread > 0, spread, 1), 0, 1)
-    of_rest = (rest_variance * sizes.mean(0) / sizes * weights**2).sum() / half**2
+    of_rest = (rest_variance * _mean_size(sizes) * _inverse(sizes) * weights**2).sum() / half**2
     between = float(of_seed.mean(1).var(ddof=1))
     return Design(seeds, sizes, around * np.sqrt(own), sqrt(max(0.0, between - of_rest)), np.sqrt(rest_variance))
+
+
+def _mean_size(sizes: np.ndarray) -> np.ndarray:
+    """Mean size of the documents that a language has, [languages]."""
+    return np.asarray(sizes.sum(0) / np.maximum((sizes > 0).sum(0), 1))
+
+
+def _inverse(sizes: np.ndarray) -> np.ndarray:
+    """1 / size, and 0 where there is no text."""
+    return np.asarray(np.divide(1.0, sizes, out=np.zeros_like(sizes, dtype=float), where=sizes > 0))
 
 
 def simulate(design: Design, truth: float, studies: int, seed: int = 0, draws: int = DRAWS) -> Iterator[Sampled]:
@@ -128,11 +143,11 @@ def simulate(design: Design, truth: float, studies: int, seed: int = 0, draws: i
         chance = generator.standard_normal((n, design.seeds, count, languages)) * rest[drawn][:, None]
         effects = truth + of_seeds + design.documents[drawn][:, None] + chance
         losses = effects * sizes[:, None]
-        point = (losses.sum(2) / sizes.sum(1)[:, None]).mean(-1)  # [n, seeds]
+        point = (losses.sum(2) / np.maximum(sizes.sum(1), 1)[:, None]).mean(-1)  # [n, seeds]
         flat = losses.transpose(2, 0, 1, 3).reshape(count, -1)
         top = (redraws @ flat).reshape(draws, n, design.seeds, languages)
         bottom = (redraws @ sizes.transpose(1, 0, 2).reshape(count, -1)).reshape(draws, n, 1, languages)
-        sampled = (top / bottom).mean(-1)  # [draws, n, seeds]
+        sampled = (top / np.maximum(bottom, 1)).mean(-1)  # [draws, n, seeds]
         for i in range(n):
             yield Sampled(point[i], sampled[:, i], count)
 

@@ -27,8 +27,8 @@ from mome_utils.claims import CLAIMS, Claim, Outcome, verdict
 from mome_utils.evidence import LEVEL, Evidence, read_evidence, settled_in
 from mome_utils.intervals import Interval
 
-__all__ = ["ALPHA", "FIGURES", "TESTED", "Entry", "detectable", "holm", "ledger", "ledger_table", "scale_table",
-           "student"]
+__all__ = ["ALPHA", "FIGURES", "TESTED", "Entry", "detectable", "holm", "ledger", "ledger_table", "paragraph",
+           "region", "scale_table", "student"]
 
 ALPHA = 1 - LEVEL
 #: The claims that can be decided: the family of Holm's procedure.
@@ -208,6 +208,43 @@ def ledger_table(entries: Mapping[str, Entry]) -> pd.DataFrame:
                      "comparison": claim.comparison, "direction": claim.direction, "margin": claim.margin,
                      "unit": claim.unit, **{name: value for name, value in found.items() if name != "claim"}})
     return pd.DataFrame(rows)
+
+
+def region(claim: Claim) -> str:
+    """Where the whole interval must lie for the claim to be reproduced, in words; for a question, that it has none."""
+    m = f"{claim.margin:g}"
+    words = {"at_most": f"below +{m}", "at_least": f"above -{m}", "greater": f"above +{m}", "less": f"below -{m}",
+             "equal": f"within ±{m}", "report": "no rule: its value is the answer"}
+    return words[claim.direction]
+
+
+def paragraph(entry: Entry) -> str:
+    """What there is to say of a claim, made of its numbers, as Markdown."""
+    claim = CLAIMS[entry.claim]
+    head = f"**{claim.id}. {claim.statement}** ({claim.source}.)"
+    where = f"[notebook {entry.notebook[:2]}]({entry.notebook}.ipynb)"
+    if entry.verdict == "not run":
+        return f"{head} Not run: {where} has left no result on it."
+    shown = f"{where} (figure `{entry.figure}`)" if entry.figure else where
+    on = [f"{count} {name}{'s' if count != 1 else ''}" for name, count in
+          (("seed", entry.seeds), ("document", entry.documents)) if count > 1 or name == "seed"]
+    said = (f"Measured in {shown} on {' and '.join(on)}: {claim.comparison}, **{entry.estimate:+.4f}** {claim.unit}, "
+            f"95 % interval {_limits(entry.low, entry.high)}")
+    if claim.direction == "report":
+        return f"{head} {said}."
+    said += f", together with all other claims {_limits(entry.low_all, entry.high_all)}."
+    power = f"These runs would find an effect {entry.detectable:.2g} beyond the margin four times in five."
+    if entry.detectable == 0:
+        power = "All seeds and documents show the very same effect, so there is no chance in it to judge by."
+    elif not isfinite(entry.detectable):
+        power = "Nothing here shows how far chance goes, so these runs could have found nothing."
+    alone = f" (Its interval by itself says: {entry.alone}.)" if entry.alone != entry.verdict else ""
+    rule = f"The claim holds if the effect is {region(claim)}"
+    return f"{head} {said} {rule}; {entry.reason}: **{entry.verdict}**.{alone} {power}"
+
+
+def _limits(low: float, high: float) -> str:
+    return f"{low:+.4f} to {high:+.4f}" if isfinite(low) and isfinite(high) else "without limits"
 
 
 def scale_table(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:

@@ -20,7 +20,7 @@ from typing import Any
 from mome_utils.artifacts import file_digest, read_manifest, source_digest, write_atomic, write_folder_atomic
 from mome_utils.config import MomeError
 from mome_utils.readme import RESULTS, STUDY, with_block
-from mome_utils.records import INJECTED_TAG, Record, code_digest, is_skipped, read_record, stale_reason, tags
+from mome_utils.records import EVERY, INJECTED_TAG, Record, code_digest, is_skipped, read_record, stale_reason, tags
 from mome_utils.report import report_disagreements, write_report
 from mome_utils.runner import Request, read_notebook, record_path, select_notebooks
 
@@ -139,7 +139,8 @@ def disagreements(root: Path) -> list[str]:
 
 def _entry(record: Record, folder: Path, name: str) -> dict[str, Any]:
     """What ``study.json`` says of a notebook."""
-    manifests = [read_manifest((folder / path).parent) for path in sorted(record.manifests)]
+    names = sorted(name for name in record.manifests if Path(name).name != EVERY)
+    manifests = [read_manifest((folder / name).parent) for name in names]
     return {
         "code": record.code,
         "first_run_seconds": round(record.first_run, 1),

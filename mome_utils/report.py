@@ -12,10 +12,11 @@ import json
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mome_utils.artifacts import digest, file_digest, source_digest, write_atomic
 from mome_utils.claims import CLAIMS
-from mome_utils.config import MomeError
+from mome_utils.config import MomeError, profile_names
 from mome_utils.evidence import contradictions, read_evidence
 from mome_utils.ledger import TESTED, Entry, ledger, ledger_table
 from mome_utils.pages import INDEX, html_table, notebook_page, page
@@ -31,7 +32,11 @@ from mome_utils.readme import (
 )
 from mome_utils.runner import read_notebook, select_notebooks
 
-__all__ = ["FIGURE", "ledger_csv", "ledger_text", "report_disagreements", "write_pages", "write_report"]
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["FIGURE", "known_ledgers", "ledger_csv", "ledger_text", "report_disagreements", "write_pages",
+           "write_report"]
 
 #: The published forest plot.
 FIGURE = "figures/claims.svg"
@@ -94,6 +99,24 @@ def write_figure(entries: Mapping[str, Entry], path: Path) -> None:
 def ledger_csv(entries: Mapping[str, Entry]) -> str:
     """The whole ledger as CSV, one line per claim; columns as in :func:`mome_utils.ledger.ledger_table`."""
     return str(ledger_table(entries).to_csv(index=False, float_format=DIGITS, lineterminator="\n"))
+
+
+def known_ledgers(root: Path, own: str, table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The ledgers of several scales, from the smallest: a run's own, the published one and those kept beside it.
+
+    Args:
+        root: the checkout. Kept ledgers are ``data/benchmarks/claims_<profile>.csv``: the ``claims.csv`` of the report
+            of a run at that profile.
+        own: the profile of the run.
+        table: its :func:`mome_utils.ledger.ledger_table`, which replaces any other of that profile.
+    """
+    import pandas as pd
+
+    files = {path.stem.removeprefix("claims_"): path for path in (root / "data/benchmarks").glob("claims_*.csv")}
+    files = {"laptop": root / RESULTS / "claims.csv"} | files
+    found = {name: pd.read_csv(path) for name, path in files.items() if path.is_file() and name != own} | {own: table}
+    order = {name: place for place, name in enumerate(profile_names())}
+    return dict(sorted(found.items(), key=lambda item: (order.get(item[0], len(order)), item[0])))
 
 
 def _tables(entries: Mapping[str, Entry]) -> dict[str, str]:

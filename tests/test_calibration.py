@@ -122,8 +122,19 @@ def test_a_design_needs_two_seeds_and_whole_rows() -> None:
     assert rows is not None
     with pytest.raises(MomeError, match="two seeds or more"):
         design_of(rows[rows["seed"] == 0])
-    with pytest.raises(MomeError, match="every document in every cell"):
+    with pytest.raises(MomeError, match="all on the same documents"):
         design_of(rows.iloc[1:])
+
+
+def test_documents_need_not_exist_in_every_language() -> None:
+    """Texts without translations: half of the documents in each language."""
+    rows = evidence_rows(PUBLISHED, "C4")
+    assert rows is not None
+    first = set(sorted(rows["document"].unique())[:20])
+    kept = rows[rows["document"].isin(first) == (rows["cell"] % 2 == 0)]
+    made = design_of(kept)
+    assert ((made.sizes > 0).sum(0) == 20).all() and np.isfinite(made.seed_sd) and (made.rest_sd > 0).all()
+    assert coverage(made, 300)["crossed"] > 0.9
 
 
 def test_a_study_without_chance_finds_the_truth_every_time() -> None:
