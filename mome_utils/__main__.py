@@ -50,6 +50,36 @@ def _study(options: argparse.Namespace) -> int:
     return 0
 
 
+def _batch(options: argparse.Namespace) -> int:
+    from mome_utils.batch import DONE, grid, run_batch
+    from mome_utils.study import project_root
+
+    axes: dict[str, list[Any]] = {}
+    if options.grid:
+        axes |= _grid_file(options.grid)
+    for text in options.vary:
+        name, value = _assignment(text, "--vary", "seeds=1,3", plain=True)
+        axes[name] = [_value(part) for part in _items(value)]
+    if not axes:
+        raise MomeError("There is nothing to vary: give --vary NAME=VALUE,VALUE or --grid FILE.json.")
+    root, out = project_root(), options.out.expanduser().resolve()
+    states = run_batch(grid(axes, _request(options), root), out, root=root, only=_items(options.only))
+    failed = [name for name, state in states.items() if state != DONE]
+    print(f"{len(states) - len(failed)} of {len(states)} runs are done: {_shown(out / 'index.html')}")
+    return 1 if failed else 0
+
+
+def _grid_file(path: Path) -> dict[str, list[Any]]:
+    """The axes of a JSON file: an object of lists."""
+    try:
+        axes = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MomeError(f"The grid {path} cannot be read as JSON ({type(error).__name__}).") from None
+    if not isinstance(axes, dict) or not all(isinstance(values, list) for values in axes.values()):
+        raise MomeError(f"The grid {path} must be an object of lists, for example {{\"seeds\": [1, 3]}}.")
+    return axes
+
+
 def _report(options: argparse.Namespace) -> int:
     from mome_utils.readme import RESULTS
     from mome_utils.report import ledger_text, write_pages, write_report
@@ -171,15 +201,22 @@ def _items(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _assignment(text: str) -> tuple[str, Any]:
-    """``FIELD=VALUE``, the value as JSON where it is that, as text where not."""
+def _assignment(
+    text: str, option: str = "--set", example: str = "max_diff_percent=3", plain: bool = False
+) -> tuple[str, Any]:
+    """``FIELD=VALUE``, the value read by :func:`_value`, or ``plain`` as it is."""
     field, equals, value = text.partition("=")
     if not equals:
-        raise MomeError(f"--set needs FIELD=VALUE, for example max_diff_percent=3, not '{text}'.")
+        raise MomeError(f"{option} needs FIELD=VALUE, for example {example}, not '{text}'.")
+    return field.strip(), value if plain else _value(value)
+
+
+def _value(text: str) -> Any:
+    """A value as JSON where it is that, as text where not."""
     try:
-        return field.strip(), json.loads(value)
+        return json.loads(text)
     except ValueError:
-        return field.strip(), value.strip()
+        return text.strip()
 
 
 def parser() -> argparse.ArgumentParser:
@@ -196,6 +233,18 @@ def parser() -> argparse.ArgumentParser:
     study.add_argument("--only", default="", metavar="NN[,NN]", help="only these notebooks")
     study.add_argument("--force", action="store_true", help="run notebooks that are up to date, too")
     study.set_defaults(command=_study)
+
+    batch = commands.add_parser("batch", help="run the study over a grid of settings, with a page over all of them",
+                                description="Every combination of the values is a run of the study with outputs of its "
+                                            "own in --out; trained models are shared. Given again, it goes on.")
+    _common(batch)
+    batch.add_argument("--vary", action="append", default=[], metavar="NAME=A,B",
+                       help="values of a parameter or of a field of the profile; may be given several times "
+                            "(languages: en+fr,en+de)")
+    batch.add_argument("--grid", type=Path, metavar="FILE", help="the same as JSON: {\"seeds\": [1, 3]}")
+    batch.add_argument("--only", default="", metavar="NN[,NN]", help="only these notebooks")
+    batch.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the batch")
+    batch.set_defaults(command=_batch)
 
     report = commands.add_parser("report", help="write the ledger, the README's results and all notebooks as web pages",
                                  description="Without --profile: the published report, from the tracked tables. With "
