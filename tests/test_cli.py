@@ -78,8 +78,9 @@ def test_study_ends_with_the_ledger_and_the_path_of_its_report(
 ) -> None:
     path = checkout / "notebooks" / "01_toy.ipynb"
     notebook = nbformat.read(path, as_version=4)
-    notebook.cells[1].source = ("from mome_utils.study import Study\n"
-                                "study = Study.open('01_toy', profile=profile, corpus=corpus, quiet=True)\nstudy.finish()")
+    notebook.cells[1].source = """from mome_utils.study import Study
+study = Study.open("01_toy", profile=profile, corpus=corpus, quiet=True)
+study.finish()"""
     notebook.cells.insert(0, nbformat.v4.new_markdown_cell("# A toy"))
     nbformat.write(notebook, path)
     run = ["--profile", "smoke", "--corpus", "texts"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,11 @@ from mome_utils.ledger import (
     holm,
     ledger,
     ledger_table,
+    paragraph,
     scale_table,
     student,
 )
+from mome_utils.report import known_ledgers, ledger_csv
 
 ROOT = Path(__file__).resolve().parent.parent
 OPEN = "undecided at this scale"
@@ -127,3 +130,29 @@ def test_tables_hold_claims_and_findings(tmp_path: Path) -> None:
     scales = scale_table({"smoke": table, "laptop": table})
     assert list(scales["claim"][:4]) == ["C1", "C1", "C2a", "C2a"]
     assert list(scales["scale"][:2]) == ["smoke", "laptop"]
+
+
+def test_a_paragraph_is_made_of_the_numbers(tmp_path: Path) -> None:
+    entries = ledger(small_study(tmp_path))
+    said = paragraph(entries["C3a"])
+    assert "**+0.0200** points, 95 % interval +0.0000 to +0.0400" in said
+    assert "3 seeds and 40 documents" in said and "above -0.1: **reproduced**" in said
+    assert f"an effect {entries['C3a'].detectable:.2g} beyond the margin" in said
+    assert "[notebook 04](04_router_bakeoff.ipynb) (figure `quality_cost`)" in said
+    assert "[notebook 07](07_representation_similarity.ipynb) has left no result" in paragraph(entries["C9"])
+    assert "no chance in it" in paragraph(replace(entries["C3a"], detectable=0.0))
+    assert "found nothing" in paragraph(replace(entries["C3a"], detectable=np.inf))
+
+
+def test_ledgers_of_other_scales_are_those_kept_with_the_repository(tmp_path: Path) -> None:
+    entries = ledger(small_study(tmp_path / "results"))
+    for name in ("results/laptop/claims.csv", "benchmarks/claims_gpu.csv", "benchmarks/claims_smoke.csv"):
+        path = tmp_path / "data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(ledger_csv(entries), encoding="utf-8")
+    own = ledger_table(entries)
+    assert list(known_ledgers(tmp_path, "laptop", own)) == ["smoke", "laptop", "gpu"]
+    assert known_ledgers(tmp_path, "smoke", own)["smoke"] is own
+    assert list(known_ledgers(tmp_path / "nothing", "smoke", own)) == ["smoke"]
+    kept = known_ledgers(tmp_path, "smoke", own)["gpu"]
+    assert kept.loc[3, "verdict"] == "reproduced" and kept.loc[3, "high"] == pytest.approx(0.04)
