@@ -381,6 +381,17 @@ class Study:
         """Note that this notebook read or made the result in ``folder``."""
         self.touched[self._name(folder)] = file_digest(folder / "manifest.json")
 
+    def touch_results(self) -> Path:
+        """Note that this notebook reads the tables of all others, whichever there are; the folder they lie in."""
+        from mome_utils.records import EVERY, listing
+
+        results = self.store.root / "results"
+        for manifest in sorted(results.glob("*/manifest.json")):
+            if manifest.parent.name != self.notebook:
+                self.touch(manifest.parent)
+        self.touched[f"results/{EVERY}"] = listing(results, self.notebook)
+        return results
+
     def _name(self, folder: Path) -> str:
         """A result's manifest, relative to the store."""
         return (folder / "manifest.json").relative_to(self.store.root).as_posix()
