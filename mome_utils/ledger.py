@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 from scipy import optimize, stats
 
-from mome_utils.claims import CLAIMS, Claim, Outcome, verdict
+from mome_utils.claims import CLAIMS, FEWEST_SEEDS, Claim, Outcome, verdict
 from mome_utils.evidence import LEVEL, Evidence, read_evidence, settled_in
 from mome_utils.intervals import Interval
 
@@ -65,8 +65,8 @@ class Entry:
         estimate, low, high: the effect and its 95 % interval.
         low_all, high_all: the limits that hold for all claims of the ledger at once.
         seeds, documents: what the effect was measured on.
-        detectable: how far beyond its margin an effect must lie to be decided four times in five; by the 95 %
-            interval by itself.
+        detectable: how far beyond its margin an effect must lie to be decided four times in five, by the 95 %
+            interval by itself; infinite where there are too few seeds for any verdict.
         notebook, figure: where it was measured, and the figure that shows it.
     """
 
@@ -106,10 +106,16 @@ def ledger(results: Path, evidence: Mapping[str, Evidence | None] | None = None)
             estimate=alone.estimate, low=alone.low, high=alone.high,
             low_all=every.low if every else nan, high_all=every.high if every else nan,
             seeds=alone.seeds, documents=alone.documents,
-            detectable=detectable(known) if known is not None else nan, notebook=notebook,
+            detectable=nan if known is None else inf if _too_few(claim, alone.seeds) else detectable(known),
+            notebook=notebook,
             figure=figure if notebook == FIGURES[claim.id][0] else "",
         )
     return entries
+
+
+def _too_few(claim: Claim, seeds: int) -> bool:
+    """Whether a claim about trainings was tried with fewer seeds than any verdict needs."""
+    return claim.needs_seeds and seeds < FEWEST_SEEDS
 
 
 def holm(evidence: Mapping[str, Evidence | None], alpha: float = ALPHA) -> dict[str, tuple[Outcome, str]]:
@@ -237,7 +243,7 @@ def paragraph(entry: Entry) -> str:
     if entry.detectable == 0:
         power = "All seeds and documents show the very same effect, so there is no chance in it to judge by."
     elif not isfinite(entry.detectable):
-        power = "Nothing here shows how far chance goes, so these runs could have found nothing."
+        power = f"With {on[0]} these runs could have decided nothing, however large the effect."
     alone = f" (Its interval by itself says: {entry.alone}.)" if entry.alone != entry.verdict else ""
     rule = f"The claim holds if the effect is {region(claim)}"
     return f"{head} {said} {rule}; {entry.reason}: **{entry.verdict}**.{alone} {power}"

@@ -19,6 +19,7 @@ from typing import Any
 
 from mome_utils.artifacts import file_digest, read_manifest, source_digest, write_atomic, write_folder_atomic
 from mome_utils.config import MomeError
+from mome_utils.ledger import ledger
 from mome_utils.readme import RESULTS, STUDY, with_block
 from mome_utils.records import EVERY, INJECTED_TAG, Record, code_digest, is_skipped, read_record, stale_reason, tags
 from mome_utils.report import report_disagreements, write_report
@@ -63,6 +64,7 @@ def publish(root: Path, request: Request | None = None) -> str:
         merged[path] = merge_outputs(notebook, executed, path.name, _places(root))
         entries[path.stem] = _entry(record, folder, path.stem)
     _check_files(folder, [path.stem for path in sources], _places(root))
+    ledger(folder / "results")  # a table that the report could not read is found before anything is written
 
     for path, notebook in merged.items():
         write_atomic(path, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")

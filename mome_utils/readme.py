@@ -71,7 +71,8 @@ def effect_text(entry: Entry) -> str:
     """An effect with its interval and unit; empty where nothing was run."""
     if isnan(entry.estimate):
         return ""
-    limits = f"({entry.low:+.4f} to {entry.high:+.4f})" if isfinite(entry.low) else "(one value, no interval)"
+    known = isfinite(entry.low) and isfinite(entry.high)
+    limits = f"({entry.low:+.4f} to {entry.high:+.4f})" if known else "(no interval)"
     return f"{entry.estimate:+.4f} {limits} {CLAIMS[entry.claim].unit}"
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 from study_results import small_study
@@ -141,7 +142,18 @@ def test_a_paragraph_is_made_of_the_numbers(tmp_path: Path) -> None:
     assert "[notebook 04](04_router_bakeoff.ipynb) (figure `quality_cost`)" in said
     assert "[notebook 07](07_representation_similarity.ipynb) has left no result" in paragraph(entries["C9"])
     assert "no chance in it" in paragraph(replace(entries["C3a"], detectable=0.0))
-    assert "found nothing" in paragraph(replace(entries["C3a"], detectable=np.inf))
+    assert "With 1 seed these runs could have decided nothing" in paragraph(
+        replace(entries["C1"], detectable=np.inf, seeds=1))
+
+
+def test_too_few_seeds_can_decide_nothing(tmp_path: Path) -> None:
+    results = small_study(tmp_path)
+    path = results / "03_kd_alpha_comparison" / "scores.parquet"
+    rows = pd.read_parquet(path)
+    rows[rows["seed"] < 2].to_parquet(path, index=False)
+    entries = ledger(results)
+    assert entries["C1"].verdict == OPEN and entries["C1"].seeds == 2 and np.isinf(entries["C1"].detectable)
+    assert np.isfinite(entries["C3a"].detectable) and np.isfinite(entries["C6"].detectable)
 
 
 def test_ledgers_of_other_scales_are_those_kept_with_the_repository(tmp_path: Path) -> None:
