@@ -1,4 +1,4 @@
-# make study [PROFILE=smoke|laptop|gpu|paper] [CORPUS=folder] [SEEDS=n]   runs the notebooks
+# make study [PROFILE=smoke|laptop|gpu|paper] [CORPUS=folder] [SEEDS=n]   runs the notebooks, shows the ledger
 # make test                                                              checks everything
 # make lab                                                               opens JupyterLab
 # PYTHON=python3.11 chooses the interpreter that the environment is made with.

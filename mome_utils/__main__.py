@@ -1,4 +1,4 @@
-"""The command line: ``mome study``, ``status``, ``dataset``, ``export``, ``publish``, ``bench``.
+"""The command line: ``mome study``, ``batch``, ``report``, ``status``, ``dataset``, ``export``, ``publish``, ``bench``.
 
 Heavy libraries are imported by the command that needs them, so that help and complaints come at once.
 """
@@ -40,12 +40,76 @@ def _study(options: argparse.Namespace) -> int:
     from mome_utils.runner import CellFailed, run_study
     from mome_utils.study import project_root
 
+    request = _request(options)
     try:
-        run_study(_request(options), root=project_root(), only=_items(options.only), force=options.force)
+        run_study(request, root=project_root(), only=_items(options.only), force=options.force)
     except CellFailed as error:
         print(f"mome: {error}", file=sys.stderr)
         return 1
+    _show_run(request)
     return 0
+
+
+def _batch(options: argparse.Namespace) -> int:
+    from mome_utils.batch import DONE, grid, run_batch
+    from mome_utils.study import project_root
+
+    axes: dict[str, list[Any]] = {}
+    if options.grid:
+        axes |= _grid_file(options.grid)
+    for text in options.vary:
+        name, value = _assignment(text, "--vary", "seeds=1,3", plain=True)
+        axes[name] = [_value(part) for part in _items(value)]
+    if not axes:
+        raise MomeError("There is nothing to vary: give --vary NAME=VALUE,VALUE or --grid FILE.json.")
+    root, out = project_root(), options.out.expanduser().resolve()
+    states = run_batch(grid(axes, _request(options), root), out, root=root, only=_items(options.only))
+    failed = [name for name, state in states.items() if state != DONE]
+    print(f"{len(states) - len(failed)} of {len(states)} runs are done: {_shown(out / 'index.html')}")
+    return 1 if failed else 0
+
+
+def _grid_file(path: Path) -> dict[str, list[Any]]:
+    """The axes of a JSON file: an object of lists."""
+    try:
+        axes = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MomeError(f"The grid {path} cannot be read as JSON ({type(error).__name__}).") from None
+    if not isinstance(axes, dict) or not all(isinstance(values, list) for values in axes.values()):
+        raise MomeError(f"The grid {path} must be an object of lists, for example {{\"seeds\": [1, 3]}}.")
+    return axes
+
+
+def _report(options: argparse.Namespace) -> int:
+    from mome_utils.readme import RESULTS
+    from mome_utils.report import ledger_text, write_pages, write_report
+    from mome_utils.study import artifacts_root, project_root
+
+    if options.profile:
+        _show_run(_request(options))
+        return 0
+    root = project_root()
+    print(ledger_text(write_report(root)))
+    index = write_pages(artifacts_root() / "published", root, root / "notebooks", root / RESULTS)
+    print(f"The README, figures/claims.svg and {RESULTS}/claims.csv are up to date; all notebooks: {_shown(index)}")
+    return 0
+
+
+def _show_run(request: Any) -> None:
+    """Print the ledger of a run, write its report and print where that is."""
+    from mome_utils.ledger import ledger
+    from mome_utils.report import ledger_text, write_pages
+    from mome_utils.study import project_root
+
+    _, folder = request.resolve()
+    print(ledger_text(ledger(folder / "results")))
+    print(f"The report is {_shown(write_pages(folder, project_root()))}")
+
+
+def _shown(path: Path) -> str:
+    """A path as short as it can be given from here."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
 def _status(options: argparse.Namespace) -> int:
@@ -137,15 +201,22 @@ def _items(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _assignment(text: str) -> tuple[str, Any]:
-    """``FIELD=VALUE``, the value as JSON where it is that, as text where not."""
+def _assignment(
+    text: str, option: str = "--set", example: str = "max_diff_percent=3", plain: bool = False
+) -> tuple[str, Any]:
+    """``FIELD=VALUE``, the value read by :func:`_value`, or ``plain`` as it is."""
     field, equals, value = text.partition("=")
     if not equals:
-        raise MomeError(f"--set needs FIELD=VALUE, for example max_diff_percent=3, not '{text}'.")
+        raise MomeError(f"{option} needs FIELD=VALUE, for example {example}, not '{text}'.")
+    return field.strip(), value if plain else _value(value)
+
+
+def _value(text: str) -> Any:
+    """A value as JSON where it is that, as text where not."""
     try:
-        return field.strip(), json.loads(value)
+        return json.loads(text)
     except ValueError:
-        return field.strip(), value.strip()
+        return text.strip()
 
 
 def parser() -> argparse.ArgumentParser:
@@ -162,6 +233,24 @@ def parser() -> argparse.ArgumentParser:
     study.add_argument("--only", default="", metavar="NN[,NN]", help="only these notebooks")
     study.add_argument("--force", action="store_true", help="run notebooks that are up to date, too")
     study.set_defaults(command=_study)
+
+    batch = commands.add_parser("batch", help="run the study over a grid of settings, with a page over all of them",
+                                description="Every combination of the values is a run of the study with outputs of its "
+                                            "own in --out; trained models are shared. Given again, it goes on.")
+    _common(batch)
+    batch.add_argument("--vary", action="append", default=[], metavar="NAME=A,B",
+                       help="values of a parameter or of a field of the profile; may be given several times "
+                            "(languages: en+fr,en+de)")
+    batch.add_argument("--grid", type=Path, metavar="FILE", help="the same as JSON: {\"seeds\": [1, 3]}")
+    batch.add_argument("--only", default="", metavar="NN[,NN]", help="only these notebooks")
+    batch.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the batch")
+    batch.set_defaults(command=_batch)
+
+    report = commands.add_parser("report", help="write the ledger, the README's results and all notebooks as web pages",
+                                 description="Without --profile: the published report, from the tracked tables. With "
+                                             "it: the report of that run, below its own folder.")
+    _common(report, profile="")
+    report.set_defaults(command=_report)
 
     status = commands.add_parser("status", help="say which notebooks are up to date and what is stored")
     _common(status)
@@ -202,10 +291,10 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _common(parser: argparse.ArgumentParser) -> None:
-    """The options that name a run of the study."""
-    parser.add_argument("--profile", default="laptop", metavar="NAME",
-                        help=f"how large to run it: {', '.join(profile_names())} (default: laptop)")
+def _common(parser: argparse.ArgumentParser, profile: str = "laptop") -> None:
+    """The options that name a run of the study; ``profile`` is the default."""
+    parser.add_argument("--profile", default=profile, metavar="NAME",
+                        help=f"how large to run it: {', '.join(profile_names())} (default: {profile or 'none'})")
     parser.add_argument("--corpus", default="embedded", metavar="FOLDER",
                         help="folder with one .jsonl, .parquet or folder of .txt files per language")
     parser.add_argument("--languages", default="", metavar="EN,FR",

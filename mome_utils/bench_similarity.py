@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from mome_utils.bench import one_thread
 from mome_utils.config import MomeError
@@ -49,7 +50,7 @@ def similarity(
     generator = np.random.default_rng(seed)
     models = [[generator.normal(size=(inputs, dimensions)) for _ in range(layers)] for _ in range(2)]
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in MEASURES}
-    with one_thread():
+    with one_thread(), threadpool_limits(1):
         for _ in range(rounds):
             for name, found in times.items():
                 single = _seconds(lambda name=name: compare(name, models[0][0], models[1][0]))  # type: ignore[misc]

@@ -97,7 +97,7 @@ def stability_plasticity(df: pd.DataFrame, xlabel: str, ylabel: str) -> Figure:
     ax.axhline(0, color=SOFT, linewidth=1.0, zorder=1)
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.margins(x=0.12, y=0.12)
-    ax.annotate("better", (0.02, 0.03), (0.09, 0.12), xycoords="axes fraction", size=8, color=SOFT,
+    ax.annotate("better", (0.91, 0.86), (0.98, 0.95), xycoords="axes fraction", size=8, color=SOFT, ha="right",
                 arrowprops={"arrowstyle": "->", "color": SOFT, "linewidth": 0.9})
     handles = [
         Line2D([], [], marker=marker[f], color=color[f], linestyle="none", markersize=7, markeredgecolor="white")
@@ -163,8 +163,8 @@ def relearning_curves(
         _band(ax, df[df["arm"].astype(str) == arm], color[arm], marker[arm])
     for name, level in targets.items():
         ax.axhline(level, color=SOFT, linewidth=1.0, linestyle=(0, (4, 2)), zorder=1)
-        ax.annotate(f"{name}: {number(level)}", (0, level), (4, 3), xycoords=("axes fraction", "data"),
-                    textcoords="offset points", size=8, color=SOFT)
+        ax.annotate(f"{name}: {number(level)}", (1, level), (-4, -4), xycoords=("axes fraction", "data"),
+                    textcoords="offset points", size=8, color=SOFT, ha="right", va="top")
     thousands(ax)
     ax.set(xlabel="Training step", ylabel=ylabel)
     handles = [Line2D([], [], color=color[arm], marker=marker[arm], markersize=5) for arm in arms]

@@ -82,6 +82,14 @@ _NAMES: Mapping[str, str] = MappingProxyType(
         "common": "Common expert",
         "untrained": "Untrained",
         "untrained_teacher": "Untrained teacher",
+        "plain": "Usual training",
+        "twice": "Same batch twice",
+        "rps": "RPS",
+        "cp": "CP",
+        "left": "Left padding",
+        "rps_cp": "RPS and CP",
+        "rps_alone": "RPS alone",
+        "cp_alone": "CP alone",
         "published_adaptive": "Adaptive α (published)",
         "published_inverse_kl": "“Inverse KL” (published)",
         "published_forward_kl": "Forward KL (published)",
@@ -290,15 +298,24 @@ def panels(
 
 def legend(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
     """A legend above all panels, in as few rows of equal length as fit."""
-    rows = -(-sum(len(label) + 7 for label in labels) // int(figure.get_figwidth() * 15))
+    letters, columns = int(figure.get_figwidth() * 15), len(labels)
+    while columns > 1 and sum(max(map(len, part)) + 7 for part in _split(labels, columns)) > letters:
+        columns -= 1
     figure.legend(
         handles,
         labels,
         loc="outside upper left",
-        ncols=-(-len(labels) // rows),
+        ncols=-(-len(labels) // -(-len(labels) // columns)),
         borderaxespad=0.6,
         borderpad=0,
     )
+
+
+def _split(labels: Sequence[str], columns: int) -> list[Sequence[str]]:
+    """The columns of a legend: one after the other, the first ones longer by one where they do not come out even."""
+    rows, longer = divmod(len(labels), columns)
+    starts = [column * rows + min(column, longer) for column in range(columns + 1)]
+    return [labels[start:end] for start, end in zip(starts, starts[1:], strict=False)]
 
 
 def thousands(ax: Axes, which: str = "x") -> None:

@@ -1,7 +1,7 @@
 """Bring a finished ``laptop`` run to its tracked places, and check that what is tracked belongs together.
 
 Published are: the notebooks with the outputs of the run, its figures, its result tables with their manifests,
-``data/results/laptop/study.json`` (which code made what), and the results block of the README. A published
+``data/results/laptop/study.json`` (which code made what), and what :mod:`mome_utils.report` makes of them. A published
 notebook is its source with outputs put in, so nothing that papermill adds to an executed copy gets through.
 """
 
@@ -17,20 +17,17 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from mome_utils.artifacts import file_digest, read_manifest, source_digest, write_atomic, write_folder_atomic
 from mome_utils.config import MomeError
-from mome_utils.overview import in_words
-from mome_utils.records import INJECTED_TAG, Record, code_digest, is_skipped, read_record, stale_reason, tags
+from mome_utils.ledger import ledger
+from mome_utils.readme import RESULTS, STUDY, with_block
+from mome_utils.records import EVERY, INJECTED_TAG, Record, code_digest, is_skipped, read_record, stale_reason, tags
+from mome_utils.report import report_disagreements, write_report
 from mome_utils.runner import Request, read_notebook, record_path, select_notebooks
 
-__all__ = ["disagreements", "merge_outputs", "publish", "readme_block", "with_block"]
+__all__ = ["disagreements", "merge_outputs", "publish"]
 
-RESULTS = "data/results/laptop"
-STUDY = "study.json"
 SIZE_LIMIT = 5_000_000
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
 def publish(root: Path, request: Request | None = None) -> str:
@@ -67,6 +64,7 @@ def publish(root: Path, request: Request | None = None) -> str:
         merged[path] = merge_outputs(notebook, executed, path.name, _places(root))
         entries[path.stem] = _entry(record, folder, path.stem)
     _check_files(folder, [path.stem for path in sources], _places(root))
+    ledger(folder / "results")  # a table that the report could not read is found before anything is written
 
     for path, notebook in merged.items():
         write_atomic(path, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
@@ -76,7 +74,7 @@ def publish(root: Path, request: Request | None = None) -> str:
             _copy(folder / "results" / path.stem, results / path.stem)
         study = {"profile": "laptop", "arms": request.arms, "cores": os.cpu_count(), "notebooks": entries}
         write_atomic(results / STUDY, json.dumps(study, indent=1, ensure_ascii=False) + "\n")
-    write_atomic(root / "README.md", with_block(readme, readme_block(root)))
+    write_report(root)
     return f"Published {len(merged)} notebooks with their figures and tables."
 
 
@@ -116,44 +114,6 @@ def merge_outputs(
     return notebook
 
 
-def readme_block(root: Path) -> str:
-    """What the README says of the published run: a table of notebooks and one of verdicts, all computed."""
-    study = json.loads((root / RESULTS / STUDY).read_text(encoding="utf-8"))
-    lines = ["| Notebook | Question | First run |", "|---|---|---:|"]
-    for name, entry in study["notebooks"].items():
-        title, question = _title_and_question(read_notebook(root / "notebooks" / f"{name}.ipynb"))
-        took = in_words(round(entry["first_run_seconds"]))
-        if entry["extended_seconds"]:
-            took += f" (extended arms: {in_words(round(entry['extended_seconds']))} more)"
-        lines.append(f"| [{title}](notebooks/{name}.ipynb) | {question} | {took} |")
-    total = in_words(sum(entry["first_run_seconds"] for entry in study["notebooks"].values()))
-    cores = study["cores"]
-    asked = " `--arms extended` adds the extended arms; they are shown." if study["arms"] == "extended" else ""
-    lines += ["", f"Together {total} on {cores} processor cores the first time, and seconds after that.{asked}", ""]
-    lines += ["| Claim | As published | Effect here, with 95 % interval | Margin | Verdict |",
-              "|---|---|---:|---:|---|"]
-    for claim in _claims(root / RESULTS, study["notebooks"]).to_dict("records"):
-        effect = ""
-        if pd.notna(claim["estimate"]):
-            effect = f"{claim['estimate']:+.4f} ({claim['low']:+.4f} to {claim['high']:+.4f}) {claim['unit']}"
-        lines.append(f"| {claim['claim']} | {claim['statement']} | {effect} | {claim['margin']:g} "
-                     f"| {claim['verdict']} |")
-    return "\n".join(lines)
-
-
-def with_block(readme: str, block: str) -> str:
-    """``readme`` with the text between its two result markers replaced.
-
-    Raises:
-        MomeError: it has no such markers.
-    """
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise MomeError(f"README.md needs the lines {BEGIN} and {END} to put the results between.")
-    return f"{before}{BEGIN}\n{block}\n{END}{after}"
-
-
 def disagreements(root: Path) -> list[str]:
     """What in the tracked results no longer belongs to the tracked code, one sentence each."""
     found = []
@@ -176,15 +136,13 @@ def disagreements(root: Path) -> list[str]:
             found.append(f"{name}: its results were made before {', '.join(changed)} changed.")
         found += _changed_files(root / "figures" / name, entry["figures"], f"figures/{name}")
         found += _changed_files(root / RESULTS / name, entry["tables"], f"{RESULTS}/{name}")
-    readme = (root / "README.md").read_text(encoding="utf-8")
-    if not found and with_block(readme, readme_block(root)) != readme:
-        found.append("README.md does not show the published results.")
-    return found
+    return found or report_disagreements(root)
 
 
 def _entry(record: Record, folder: Path, name: str) -> dict[str, Any]:
     """What ``study.json`` says of a notebook."""
-    manifests = [read_manifest((folder / path).parent) for path in sorted(record.manifests)]
+    names = sorted(name for name in record.manifests if Path(name).name != EVERY)
+    manifests = [read_manifest((folder / name).parent) for name in names]
     return {
         "code": record.code,
         "first_run_seconds": round(record.first_run, 1),
@@ -271,24 +229,3 @@ def _check_files(folder: Path, names: Sequence[str], places: Sequence[str]) -> N
             f"The result tables take {size / 1e6:.1f} MB, more than {SIZE_LIMIT / 1e6:.0f} MB: "
             "save fewer rows in the notebooks."
         )
-
-
-def _title_and_question(notebook: Mapping[str, Any]) -> tuple[str, str]:
-    """The title of a notebook and the question it opens with, from its first cell."""
-    text = "".join(notebook["cells"][0]["source"])
-    title, _, rest = text.partition("\n")
-    question = re.search(r"[^*?]*?([A-Z][^*?]*\?)", rest.replace("Question.", ""))
-    return title.lstrip("# ").strip(), " ".join(question.group(1).split()) if question else ""
-
-
-def _claims(results: Path, names: Sequence[str]) -> pd.DataFrame:
-    """All notebooks' verdicts in the ledger's order; one that was reached replaces one that was not run."""
-    from mome_utils.claims import CLAIMS
-
-    found: dict[str, dict[str, Any]] = {}
-    for name in names:
-        path = results / name / "claims.parquet"
-        for row in pd.read_parquet(path).to_dict("records") if path.is_file() else []:
-            if row["claim"] not in found or row["verdict"] != "not run":
-                found[row["claim"]] = row
-    return pd.DataFrame([found[claim] for claim in CLAIMS if claim in found])

@@ -17,12 +17,14 @@ from typing import Any
 from mome_utils.artifacts import MANIFEST, digest, file_digest, read_manifest, source_digest, write_atomic
 from mome_utils.config import MomeError
 
-__all__ = ["SKIPPED_TAGS", "Record", "code_digest", "is_skipped", "is_stale", "read_record", "stale_reason",
-           "tags", "write_record"]
+__all__ = ["EVERY", "SKIPPED_TAGS", "Record", "code_digest", "is_skipped", "is_stale", "listing", "read_record",
+           "stale_reason", "tags", "write_record"]
 
 #: Cells that a run of the study leaves alone: the reader's own work, and its solution.
 SKIPPED_TAGS = frozenset({"exercise", "solution"})
 INJECTED_TAG = "injected-parameters"
+#: As the last part of a manifest's name in a record: not one result of a stage but which there are.
+EVERY = "*"
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class Record:
         notebook: its name, ``03_kd_alpha_comparison``.
         code: :func:`code_digest` of the notebook that ran.
         parameters: whatever decided the run, as a digest.
-        manifests: manifest file, relative to the profile's folder, to its SHA-256.
+        manifests: manifest file, relative to the profile's folder, to its SHA-256; and ``<stage>/*`` to the
+            :func:`listing` of a stage, for a notebook that reads whatever is there.
         cells: seconds each executed code cell took, in order.
         first_run: seconds the notebook takes when nothing it makes is in the store, without ``extra``.
         extra: seconds of training that belong to the extended arms.
@@ -112,10 +115,19 @@ def stale_reason(
         return "its last run did not get to its end"
     source_now = cache(source_digest)  # many results, few modules
     for name, expected in record.manifests.items():
-        problem = _manifest_problem(folder / name, expected, source_now)
+        if Path(name).name == EVERY:
+            problem = None if listing(folder / Path(name).parent, record.notebook) == expected else "are others now"
+        else:
+            problem = _manifest_problem(folder / name, expected, source_now)
         if problem:
             return f"{Path(name).parent.as_posix()} {problem}"
     return None
+
+
+def listing(stage: Path, notebook: str) -> str:
+    """Which results a stage's folder holds, as a digest; that of ``notebook`` itself is left out."""
+    found = sorted(path.parent.name for path in stage.glob(f"*/{MANIFEST}"))
+    return digest([name for name in found if name != notebook])
 
 
 def is_stale(notebook: Mapping[str, Any], parameters: str, record: Record | None, folder: Path) -> bool:

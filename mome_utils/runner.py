@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -34,8 +35,8 @@ from mome_utils.overview import BUDGET_SECONDS, Overview, Plan
 from mome_utils.records import Record, code_digest, is_skipped, read_record, stale_reason, tags, write_record
 from mome_utils.study import Study
 
-__all__ = ["CellFailed", "Request", "plan_study", "read_notebook", "record_path", "run_notebook", "run_study",
-           "select_notebooks"]
+__all__ = ["CellFailed", "Request", "own_parameters", "plan_study", "read_notebook", "record_path", "run_notebook",
+           "run_study", "select_notebooks"]
 
 ENGINE = "mome"
 #: Set in kernels without a reader, where :func:`mome_utils.widgets.explore` leaves its static figure alone.
@@ -60,6 +61,7 @@ class Request:
         seeds: number of seeds; 0 for the profile's.
         overrides: fields of the profile to replace.
         arms: ``core``, or ``extended`` for what notebooks keep beyond their budget.
+        further: other parameters, for those notebooks that have them.
     """
 
     profile: str = "laptop"
@@ -68,16 +70,22 @@ class Request:
     seeds: int = 0
     overrides: Mapping[str, Any] = field(default_factory=dict)
     arms: str = "core"
+    further: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.arms not in ("core", "extended"):
             raise MomeError(f"The arms must be 'core' or 'extended', not '{self.arms}'.")
 
     def parameters(self, notebook: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """The values of the notebooks' common parameters, with ``arms`` for a notebook that has them to choose."""
+        """The values of the notebooks' common parameters, with those of its own for one notebook."""
         common = {"profile": self.profile, "corpus": self.corpus, "languages": list(self.languages),
                   "seeds": self.seeds, "overrides": dict(self.overrides)}
-        return common | ({"arms": self.arms} if notebook is not None and _chooses_arms(notebook) else {})
+        return common | self._chosen(notebook)
+
+    def _chosen(self, notebook: Mapping[str, Any] | None) -> dict[str, Any]:
+        """The parameters beyond the common ones that a notebook has."""
+        own = own_parameters(notebook) if notebook is not None else frozenset()
+        return {name: value for name, value in {"arms": self.arms, **self.further}.items() if name in own}
 
     def resolve(self) -> tuple[str, Path]:
         """What the common parameters mean now, as a digest, and the folder that their results lie in.
@@ -93,14 +101,17 @@ class Request:
         return digest([study.profile, study.corpus.fingerprint, study.languages, recipes]), study.store.root
 
     def digest_of(self, notebook: Mapping[str, Any], resolved: str) -> str:
-        """What decides a run of this notebook: the ``resolved`` common parameters, and the arms it chooses."""
-        return digest([resolved, self.arms]) if _chooses_arms(notebook) else resolved
+        """What decides a run of this notebook: the ``resolved`` common parameters, and those of its own."""
+        chosen = self._chosen(notebook)
+        if not chosen:
+            return resolved
+        return digest([resolved, self.arms] if list(chosen) == ["arms"] else [resolved, chosen])
 
 
-def _chooses_arms(notebook: Mapping[str, Any]) -> bool:
-    """Whether the parameters of a notebook have ``arms`` among them."""
-    cells = [cell for cell in notebook["cells"] if "parameters" in tags(cell)]
-    return any(line.startswith("arms:") for cell in cells for line in "".join(cell["source"]).splitlines())
+def own_parameters(notebook: Mapping[str, Any]) -> frozenset[str]:
+    """Names of a notebook's parameters: the annotated assignments of its ``parameters`` cell."""
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if "parameters" in tags(cell)]
+    return frozenset(re.findall(r"^(\w+)\s*:[^=\n]+=", "\n".join(cells), re.MULTILINE))
 
 
 def select_notebooks(root: Path, only: Sequence[str] = ()) -> list[Path]:

@@ -27,9 +27,18 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from mome_utils.config import MomeError
-from mome_utils.similarity_cca import basis, cca, principal, pwcca, svcca
+from mome_utils.similarity_cca import basis, canonical, cca, principal, pwcca, svcca
 from mome_utils.similarity_inputs import Array, checked, prepared, unit_norm, unit_rows
-from mome_utils.similarity_linear import aligned_cosine, angular, cka, debiased_cka, minibatch_cka, procrustes
+from mome_utils.similarity_linear import (
+    Cloud,
+    Overlap,
+    aligned_cosine,
+    angular,
+    cka,
+    debiased_cka,
+    minibatch_cka,
+    procrustes,
+)
 from mome_utils.similarity_neighbours import (
     distance_ranks,
     jaccard,
@@ -68,12 +77,13 @@ class Measure:
 
     Attributes:
         name, label: what code and what figures call it.
-        function: of one view of each representation.
+        function: of one view of each representation, or of what ``shared`` makes of the two views.
         view: which view (:meth:`Space.view`).
         invariances: keys of :data:`INVARIANCES` that hold, representations centred.
         low, high: ends of the range. identical: the score of a representation and itself, one of the two.
         source: the paper.
         symmetric: swapping the two changes nothing.
+        shared: what several measures need of the two views; computed once for all of them.
     """
 
     name: str
@@ -86,6 +96,7 @@ class Measure:
     identical: float
     source: str
     symmetric: bool = True
+    shared: Callable[[Any, Any], Any] | None = None
 
     @property
     def is_distance(self) -> bool:
@@ -103,15 +114,15 @@ _UNITS = _ignores("permutation", "scaling", "translation")
 _LINEAR = _RIGID | _ignores("invertible")
 
 _ALL = (
-    Measure("cka", "CKA", cka, "scaled", _RIGID, 0, 1, 1, "Kornblith et al. 2019, arXiv 1905.00414"),
+    Measure("cka", "CKA", cka, "scaled", _RIGID, 0, 1, 1, "Kornblith et al. 2019, arXiv 1905.00414", shared=Overlap),
     Measure("debiased_cka", "Debiased CKA", debiased_cka, "scaled", _RIGID, -1, 1, 1,
-            "Song et al. 2012, JMLR 13; Nguyen et al. 2021, arXiv 2010.15327"),
+            "Song et al. 2012, JMLR 13; Nguyen et al. 2021, arXiv 2010.15327", shared=Overlap),
     Measure("procrustes", "Procrustes", procrustes, "scaled", _RIGID, 0, math.sqrt(2), 0,
-            "Ding et al. 2021, arXiv 2108.01661"),
+            "Ding et al. 2021, arXiv 2108.01661", shared=Overlap),
     Measure("angular", "Angular shape metric", angular, "scaled", _RIGID, 0, math.pi / 2, 0,
-            "Williams et al. 2021, arXiv 2110.14739"),
+            "Williams et al. 2021, arXiv 2110.14739", shared=Overlap),
     Measure("aligned_cosine", "Aligned cosine", aligned_cosine, "scaled", _RIGID, -1, 1, 1,
-            "Hamilton et al. 2016, arXiv 1605.09096"),
+            "Hamilton et al. 2016, arXiv 1605.09096", shared=Overlap),
     Measure("rsa", "RSA", rsa, "ranks", _UNITS, -1, 1, 1, "Kriegeskorte et al. 2008, Front. Syst. Neurosci. 2:4"),
     Measure("rsm_difference", "RSM norm difference", rsm_difference, "rows", _RIGID, 0, 2, 0,
             "Yin & Shen 2018, arXiv 1812.04224"),
@@ -121,10 +132,12 @@ _ALL = (
             "Hamilton et al. 2016, arXiv 1606.02821"),
     Measure("rank_similarity", "Rank similarity", rank_similarity, "neighbours", _RIGID, 0, 1, 1,
             "Wang et al. 2022, IEEE TKDE"),
-    Measure("cca", "Mean CCA", cca, "basis", _LINEAR, 0, 1, 1, "Kornblith et al. 2019, arXiv 1905.00414"),
-    Measure("svcca", "SVCCA", svcca, "principal", _RIGID, 0, 1, 1, "Raghu et al. 2017, arXiv 1706.05806"),
+    Measure("cca", "Mean CCA", cca, "basis", _LINEAR, 0, 1, 1, "Kornblith et al. 2019, arXiv 1905.00414",
+            shared=canonical),
+    Measure("svcca", "SVCCA", svcca, "principal", _RIGID, 0, 1, 1, "Raghu et al. 2017, arXiv 1706.05806",
+            shared=canonical),
     Measure("pwcca", "PWCCA", pwcca, "basis", _UNITS, 0, 1, 1, "Morcos et al. 2018, arXiv 1806.05759",
-            symmetric=False),
+            symmetric=False, shared=canonical),
 )
 
 #: Every measure, by name.
@@ -177,7 +190,7 @@ class Space:
         ``principal`` part."""
         if name not in self._views:
             makers: Mapping[str, Callable[[Array], Any]] = {
-                "scaled": unit_norm, "rows": unit_rows, "ranks": distance_ranks, "basis": basis,
+                "scaled": lambda x: Cloud(unit_norm(x)), "rows": unit_rows, "ranks": distance_ranks, "basis": basis,
                 "principal": lambda _: principal(self.view("basis")),
                 "neighbours": lambda x: nearest(x, self.neighbours),
             }
@@ -219,7 +232,17 @@ def compare_all(
         )
     if first.neighbours != second.neighbours:
         raise MomeError("The two spaces were made with different numbers of neighbours: make both with one.")
-    return {entry.name: float(entry.function(first.view(entry.view), second.view(entry.view))) for entry in chosen}
+    shared: dict[Any, Any] = {}
+    found = {}
+    for entry in chosen:
+        views: tuple[Any, ...] = first.view(entry.view), second.view(entry.view)
+        if entry.shared is not None:
+            key = entry.view, entry.shared
+            if key not in shared:
+                shared[key] = entry.shared(*views)
+            views = (shared[key],)
+        found[entry.name] = float(entry.function(*views))
+    return found
 
 
 def compare_layers(

@@ -5,7 +5,8 @@ representations span (Björck & Golub 1973). They do not change under any invert
 is also their weakness: with n rows and n − 1 dimensions or more, the spaces coincide and every correlation is
 one, whatever the representations hold. That is the answer then, and no error; SVCCA is the usual way out of it.
 
-Each measure takes a *view* of both representations (see :class:`mome_utils.similarity.Space`): their :class:`Basis`.
+Each measure takes the :class:`Canonical` correlations of two views of :class:`mome_utils.similarity.Space`, each a
+:class:`Basis`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import scipy.linalg
 
 from mome_utils.similarity_inputs import Array
 
-__all__ = ["VARIANCE", "Basis", "basis", "cca", "principal", "pwcca", "svcca"]
+__all__ = ["VARIANCE", "Basis", "Canonical", "basis", "canonical", "cca", "principal", "pwcca", "svcca"]
 
 #: Share of the variance that SVCCA keeps, as published.
 VARIANCE = 0.99
@@ -45,29 +46,43 @@ def principal(whole: Basis) -> Basis:
     return Basis(whole.vectors[:, :rank], whole.columns[:rank])
 
 
-def cca(x: Basis, y: Basis) -> float:
+class Canonical(NamedTuple):
+    """The canonical correlations of x and y, falling, [r], the directions of x in its basis, [rank of x, r], and that
+    basis."""
+
+    correlations: Array
+    directions: Array
+    x: Basis
+
+
+def canonical(x: Basis, y: Basis) -> Canonical:
+    """The canonical correlations of two bases, as many as the smaller rank (Björck & Golub 1973)."""
+    directions, correlations, _ = scipy.linalg.svd(x.vectors.T @ y.vectors, full_matrices=False)
+    return Canonical(np.clip(correlations, 0, 1), directions, x)
+
+
+def cca(both: Canonical) -> float:
     """Mean of the canonical correlations, as many as the smaller rank; from 0 to 1.
 
     Kornblith et al. 2019 (arXiv 1905.00414) discuss it beside CKA; without SVCCA's first step it ignores any
     invertible linear map.
     """
-    return float(np.clip(scipy.linalg.svdvals(x.vectors.T @ y.vectors), 0, 1).mean())
+    return float(both.correlations.mean())
 
 
-def svcca(x: Basis, y: Basis) -> float:
-    """Mean canonical correlation of the :func:`principal` directions of both; from 0 to 1.
+def svcca(both: Canonical) -> float:
+    """Mean canonical correlation, where both bases are their :func:`principal` directions; from 0 to 1.
 
     Raghu et al. 2017 (arXiv 1706.05806): a singular value decomposition, then CCA.
     """
-    return cca(x, y)
+    return cca(both)
 
 
-def pwcca(x: Basis, y: Basis) -> float:
+def pwcca(both: Canonical) -> float:
     """Projection-weighted CCA: canonical correlations weighted by how much of x their directions account for; 0 to 1.
 
     Morcos, Raghu & Bengio 2018 (arXiv 1806.05759): direction h_i weighs Σ_j |⟨h_i, x_j⟩| over the columns x_j. It is
     not symmetric: weights come from the first representation.
     """
-    rotation, correlations, _ = scipy.linalg.svd(x.vectors.T @ y.vectors, full_matrices=False)
-    weights = np.abs(rotation.T @ x.columns).sum(1)  # h_i is the i-th column of vectors · rotation
-    return float(np.clip(correlations, 0, 1) @ weights / weights.sum())
+    weights = np.abs(both.directions.T @ both.x.columns).sum(1)  # h_i is the i-th column of vectors · directions
+    return float(both.correlations @ weights / weights.sum())

@@ -17,6 +17,7 @@ from itertools import combinations, permutations
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from mome_utils.config import MomeError
 from mome_utils.representations import Aggregation, topic_means
@@ -53,6 +54,11 @@ def topic_clouds(
     return found
 
 
+def _read(models: Collection, readers: Mapping[str, Mapping[int, Mapping[str, Ref]]]) -> None:
+    models.read((ref, language) for by_seed in readers.values() for refs in by_seed.values()
+                for language, ref in refs.items())
+
+
 def _layers(models: Collection, readers: Mapping[str, Ref], aggregation: Aggregation) -> range:
     first, ref = next(iter(readers.items()))
     return range(len(models.states(ref, first)[aggregation]))
@@ -72,22 +78,24 @@ def language_rows(
         ALL; rows of kind ``permuted <kind>`` hold the floor.
     """
     topics, rows = common_topics(models), []
+    _read(models, readers)
     folds = min(models.folds, len(topics))
     of_topic = topic_folds(topics, folds) if folds > 1 else np.zeros(len(topics))
     for kind, by_seed in readers.items():
         for seed, refs in by_seed.items():
             for layer in _layers(models, refs, aggregation):
                 clouds = topic_clouds(models, refs, aggregation, layer)
-                for fold in (ALL, *range(folds if folds > 1 else 0)):
-                    spaces = {g: Space(cloud[of_topic != fold], neighbours=_neighbours(cloud[of_topic != fold]))
-                              for g, cloud in clouds.items()}
-                    for g, h in combinations(clouds, 2):
-                        at = (seed, layer, g, h)
-                        scores = compare_all(spaces[g], spaces[h], measures)
-                        rows += [(kind, *at, name, fold, value) for name, value in scores.items()]
-                        if fold == ALL:
-                            floor = permuted(spaces[g], spaces[h], measures, draws=draws)
-                            rows += [(f"permuted {kind}", *at, name, fold, value) for name, value in floor.items()]
+                with threadpool_limits(1):  # small matrices: threads would wait more than they compute
+                    for fold in (ALL, *range(folds if folds > 1 else 0)):
+                        spaces = {g: Space(cloud[of_topic != fold], neighbours=_neighbours(cloud[of_topic != fold]))
+                                  for g, cloud in clouds.items()}
+                        for g, h in combinations(clouds, 2):
+                            at = (seed, layer, g, h)
+                            scores = compare_all(spaces[g], spaces[h], measures)
+                            rows += [(kind, *at, name, fold, value) for name, value in scores.items()]
+                            if fold == ALL:
+                                floor = permuted(spaces[g], spaces[h], measures, draws=draws)
+                                rows += [(f"permuted {kind}", *at, name, fold, value) for name, value in floor.items()]
     columns = ["kind", "seed", "layer", "language", "language_b", "measure", "fold", "value"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -132,6 +140,7 @@ def retrieval_rows(
         (the topic), ``rank``, ``top1`` (0 or 1) and ``reciprocal`` (1 / rank; its mean is the MRR).
     """
     topics, parts = common_topics(models), []
+    _read(models, readers)
     for kind, by_seed in readers.items():
         for seed, refs in by_seed.items():
             for layer in _layers(models, refs, aggregation):

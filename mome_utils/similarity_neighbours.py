@@ -46,17 +46,21 @@ def distance_ranks(x: Array) -> Array:
         MomeError: all pairs of rows are equally far apart.
     """
     values = correlation_distances(x)
-    order = np.argsort(values).astype(np.min_scalar_type(len(values)))
-    values, ranks = values[order], np.empty(len(order))
+    order = np.argsort(values)
+    values.sort()  # in its place: each of these arrays is half of an n × n matrix
     tied = values[1:] == values[:-1]
+    ranks = values
     if tied.all():
         raise MomeError("All pairs of inputs are equally far apart in a representation: RSA has nothing to rank.")
-    if tied.any():
-        firsts = np.flatnonzero(np.append(True, ~tied))  # where each run of equal distances begins
-        lengths = np.diff(firsts, append=len(values))
-        ranks[order] = np.repeat(firsts + (lengths - 1) / 2, lengths)
-    else:
-        ranks[order] = np.arange(len(values))
+    for part in blocks(len(order), 1):
+        ranks[order[part]] = np.arange(part.start, part.stop)
+    if tied.any():  # a run of equal distances shares the mean of its ranks
+        edge = np.zeros(1, np.int8)  # bytes: eight times as much would be one matrix more
+        edges = np.diff(tied.view(np.int8), prepend=edge, append=edge)
+        firsts, lasts = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
+        lengths = lasts - firsts + 1
+        members = np.flatnonzero(np.append(tied, False) | np.append(False, tied))
+        ranks[order[members]] = np.repeat((firsts + lasts) / 2, lengths)
     ranks -= ranks.mean()
     ranks /= np.linalg.norm(ranks)
     return ranks

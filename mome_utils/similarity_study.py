@@ -7,13 +7,14 @@ time: pooled over languages, every model that tells them apart would look like e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
-from itertools import combinations
-from typing import NamedTuple
+from functools import cached_property
+from itertools import combinations, product
+from typing import NamedTuple, cast
 
 import pandas as pd
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from transformers import PreTrainedModel
 
 from mome_utils.config import MomeError
@@ -64,9 +65,17 @@ class Pair(NamedTuple):
     language: str
 
 
+class _Source(NamedTuple):
+    """Where a model comes from: a run, its weights before or after training, and the name of an expert, or ""."""
+
+    run: Run
+    untrained: bool
+    expert: str
+
+
 @dataclass
 class Collection:
-    """Models that read the same passages. A model reads a language when first asked to, and its states are kept.
+    """Models that read the same passages. What a model makes of a language is computed once, and kept.
 
     Attributes:
         passages: by language, what is read.
@@ -79,7 +88,7 @@ class Collection:
     pad: int
     folds: int = 0
     neighbours: int = NEIGHBOURS
-    _makers: dict[Ref, Callable[[], Reader]] = field(default_factory=dict)
+    _sources: dict[Ref, _Source] = field(default_factory=dict)
     _states: dict[tuple[Ref, str], States] = field(default_factory=dict)
 
     def add_run(self, kind: str, made_for: str, run: Run, *, untrained: bool = False) -> None:
@@ -88,7 +97,7 @@ class Collection:
         Raises:
             MomeError: there is such a model already.
         """
-        self._add(Ref(kind, made_for, run.spec.seed), lambda: layer_reader(_model(run, untrained)))
+        self._add(Ref(kind, made_for, run.spec.seed), _Source(run, untrained, ""))
 
     def add_experts(self, kind: str, run: Run, *, common: str = COMMON, untrained: bool = False) -> None:
         """Every expert of a finished mixture: ``kind`` for each language, and ``common`` for the expert of all.
@@ -97,16 +106,16 @@ class Collection:
             MomeError: there is such a model already.
         """
         for name in run.spec.model.experts:
-            self._add(Ref(kind, name, run.spec.seed), partial(_expert, run, name, untrained))
+            self._add(Ref(kind, name, run.spec.seed), _Source(run, untrained, name))
         if run.spec.model.kind == "moe_ce":
-            self._add(Ref(common, "", run.spec.seed), partial(_expert, run, COMMON, untrained))
+            self._add(Ref(common, "", run.spec.seed), _Source(run, untrained, COMMON))
 
-    def _add(self, ref: Ref, maker: Callable[[], Reader]) -> None:
-        if ref in self._makers:
+    def _add(self, ref: Ref, source: _Source) -> None:
+        if ref in self._sources:
             raise MomeError(
                 f"The collection has a model of kind '{ref.kind}', seed {ref.seed} already: name it otherwise."
             )
-        self._makers[ref] = maker
+        self._sources[ref] = source
 
     def of(self, kind: str, language: str) -> dict[int, Ref]:
         """By seed, the models of a kind that were made for a language, or for all of them.
@@ -114,16 +123,28 @@ class Collection:
         Raises:
             MomeError: there is no such model.
         """
-        found = {ref.seed: ref for ref in self._makers if ref.kind == kind and ref.made_for in ("", language)}
+        found = {ref.seed: ref for ref in self._sources if ref.kind == kind and ref.made_for in ("", language)}
         if not found:
             raise MomeError(f"The collection has no model of kind '{kind}' for '{language}': add its runs first.")
         return found
 
+    def read(self, wanted: Iterable[tuple[Ref, str]]) -> None:
+        """Let models read languages, where they have not yet; each run is loaded once, and one is held at a time."""
+        todo: dict[tuple[int, bool], list[tuple[Ref, str]]] = {}
+        for ref, language in dict.fromkeys(wanted):
+            if (ref, language) not in self._states:
+                source = self._sources[ref]
+                todo.setdefault((id(source.run), source.untrained), []).append((ref, language))
+        for parts in todo.values():
+            source = self._sources[parts[0][0]]
+            model = _model(source.run, source.untrained)
+            for ref, language in parts:
+                reader, ids = _reader(model, self._sources[ref].expert), [p.ids for p in self.passages[language]]
+                self._states[ref, language] = hidden_states(reader, ids, pad=self.pad)
+
     def states(self, ref: Ref, language: str) -> States:
         """A model's representations of a language's passages at every layer."""
-        if (ref, language) not in self._states:
-            ids = [passage.ids for passage in self.passages[language]]
-            self._states[ref, language] = hidden_states(self._makers[ref](), ids, pad=self.pad)
+        self.read([(ref, language)])
         return self._states[ref, language]
 
     def topics(self, language: str) -> list[str]:
@@ -145,10 +166,8 @@ def _model(run: Run, untrained: bool) -> PreTrainedModel:
     return build_model(run.spec.model, run.spec.seed).eval() if untrained else run.model()
 
 
-def _expert(run: Run, name: str, untrained: bool) -> Reader:
-    model = _model(run, untrained)
-    assert isinstance(model, MomeForCausalLM)
-    return expert_reader(model, name)
+def _reader(model: PreTrainedModel, expert: str) -> Reader:
+    return expert_reader(cast(MomeForCausalLM, model), expert) if expert else layer_reader(model)
 
 
 # --------------------------------------------------------------------------------------------------------- pairs
@@ -193,6 +212,10 @@ def expert_pairs(models: Collection, kinds: Sequence[str], *, own: bool = True) 
 # --------------------------------------------------------------------------------------------------------- scores
 
 
+def _read(models: Collection, pairs: Sequence[Pair]) -> None:
+    models.read((ref, pair.language) for pair in pairs for ref in pair[:2])
+
+
 def pair_rows(
     models: Collection, pairs: Sequence[Pair], measures: Sequence[str] | None = None, *,
     aggregations: Sequence[Aggregation] = AGGREGATIONS, jackknifed: bool | Sequence[str] = True,
@@ -207,9 +230,10 @@ def pair_rows(
         ``kind, made_for, seed, kind_b, made_for_b, seed_b, language, aggregation, measure, fold, value``.
     """
     rows = []
-    for language in dict.fromkeys(pair.language for pair in pairs):
+    _read(models, pairs)
+    for language, aggregation in product(dict.fromkeys(pair.language for pair in pairs), aggregations):
         chosen = [pair for pair in pairs if pair.language == language]
-        for aggregation in aggregations:
+        with threadpool_limits(1):  # in matrices as small as these, threads wait for each other more than they compute
             for fold in (ALL, *range(models.folds if jackknifed else 0)):
                 names = measures if fold == ALL or jackknifed is True else list(jackknifed or ())
                 spaces = {  # every view is computed once for all pairs of a model, and forgotten with the fold
@@ -232,9 +256,10 @@ def floor_rows(
 ) -> pd.DataFrame:
     """Scores of pairs whose second model's rows are permuted; columns as :func:`pair_rows`, all topics."""
     rows = []
-    for a, b, language in pairs:
-        for aggregation in aggregations:
-            x, y = (models.space(ref, language, aggregation) for ref in (a, b))
+    _read(models, pairs)
+    for (a, b, language), aggregation in product(pairs, aggregations):
+        x, y = (models.space(ref, language, aggregation) for ref in (a, b))
+        with threadpool_limits(1):
             for name, value in permuted(x, y, measures, draws=draws).items():
                 rows.append((*a, *b, language, aggregation, name, ALL, value))
     return pd.DataFrame(rows, columns=_COLUMNS)
@@ -246,12 +271,15 @@ def layer_rows(
 ) -> pd.DataFrame:
     """Scores of every pair of layers; columns as :func:`pair_rows`, with ``layer`` and ``layer_b`` (0: embedding)."""
     rows = []
-    for a, b, language in pairs:
-        for aggregation in aggregations:
-            sides = [[models.space(ref, language, aggregation, layer)
-                      for layer in range(len(models.states(ref, language)[aggregation]))] for ref in (a, b)]
-            for i, x in enumerate(sides[0]):
-                for j, y in enumerate(sides[1]):
+    _read(models, pairs)
+    for language, aggregation in product(dict.fromkeys(pair.language for pair in pairs), aggregations):
+        chosen = [pair for pair in pairs if pair.language == language]
+        layers = {ref: [models.space(ref, language, aggregation, layer)
+                        for layer in range(len(models.states(ref, language)[aggregation]))]
+                  for ref in dict.fromkeys(ref for pair in chosen for ref in pair[:2])}
+        with threadpool_limits(1):
+            for a, b, _ in chosen:
+                for (i, x), (j, y) in product(enumerate(layers[a]), enumerate(layers[b])):
                     for name, value in compare_all(x, y, measures).items():
                         rows.append((*a, *b, language, aggregation, name, ALL, value, i, j))
     return pd.DataFrame(rows, columns=[*_COLUMNS, "layer", "layer_b"])

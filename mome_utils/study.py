@@ -35,6 +35,8 @@ SCORE_MODULES = ("mome_utils.evaluation",)
 ROUTER_MODULES = tuple(f"mome_utils.{m}" for m in ("router_fit", "router_trials", "router_calibration", "routing"))
 #: What a verdict rests on besides the rows: a changed margin makes the notebooks that settle claims stale.
 CLAIM_MODULES = ("mome_utils.claims", "mome_utils.intervals")
+#: The same for the notebook that reads the results of all others.
+LEDGER_MODULES = tuple(f"mome_utils.{m}" for m in ("crossed", "evidence", "ledger", "calibration"))
 #: Profile fields that decide the data set, and so its key.
 DATASET_FIELDS = (
     "topics", "vocab_size", "block_size", "validation_fraction", "test_fraction", "max_diff_percent",
@@ -78,6 +80,8 @@ class Study:
     loaded: dict[str, float] = field(default_factory=dict)
     #: The same of runs that belong to the extended arms only.
     extra: dict[str, float] = field(default_factory=dict)
+    #: Modules that define the tables kept here, beyond those of claims.
+    modules: tuple[str, ...] = ()
     _tables: dict[str, pd.DataFrame] = field(default_factory=dict)
     _data: StudyData | None = None
 
@@ -381,6 +385,18 @@ class Study:
         """Note that this notebook read or made the result in ``folder``."""
         self.touched[self._name(folder)] = file_digest(folder / "manifest.json")
 
+    def touch_results(self) -> Path:
+        """Note that this notebook reads the tables of all others, whichever there are; the folder they lie in."""
+        from mome_utils.records import EVERY, listing
+
+        results = self.store.root / "results"
+        for manifest in sorted(results.glob("*/manifest.json")):
+            if manifest.parent.name != self.notebook:
+                self.touch(manifest.parent)
+        self.touched[f"results/{EVERY}"] = listing(results, self.notebook)
+        self.modules = (*CLAIM_MODULES, *LEDGER_MODULES)
+        return results
+
     def _name(self, folder: Path) -> str:
         """A result's manifest, relative to the store."""
         return (folder / "manifest.json").relative_to(self.store.root).as_posix()
@@ -397,9 +413,10 @@ class Study:
         """Write the result tables, and what this notebook touched; the last cell of every notebook."""
         from mome_utils.artifacts import canonical_json
 
+        settled = CLAIM_MODULES if "claims" in self._tables else ()
         with self.store.create(
             "results", self.notebook, inputs=dict(self.touched), parameters=self.profile,
-            modules=CLAIM_MODULES if "claims" in self._tables else [],
+            modules=list(dict.fromkeys((*settled, *self.modules))),
         ) as result:
             for name, table in self._tables.items():
                 table.to_parquet(result.folder / f"{name}.parquet", index=False)

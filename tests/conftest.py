@@ -54,6 +54,20 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest work begins first: one worker makes the smoke study, and nobody waits for it who can do else.
+
+    Each of two workers is handed one half of the list: the first begins with a test that needs the smoke study, the
+    second with the tests marked ``long``, and the other tests of the smoke study come at the end.
+    """
+    reading = [item for item in items if "smoke_store" in getattr(item, "fixturenames", ())]
+    long = [item for item in items if item.get_closest_marker("long")]
+    placed = {*reading, *long}
+    order = [*reading[:1], *(item for item in items if item not in placed), *reading[1:]]
+    order[len(items) // 2 : len(items) // 2] = long
+    items[:] = order
+
+
 @pytest.fixture(scope="session")
 def smoke_store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SmokeStore:
     """Runs the study at ``smoke`` once, as a user would, into a folder of its own. Read only: see smoke_copy.

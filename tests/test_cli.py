@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,29 @@ def test_study_reports_a_failing_cell_with_exit_code_1(
     assert printed == "smoke 2 {'max_diff_percent': 3, 'dtype': 'float32'} ['fr', 'en']\n"
     assert main(["status", "--profile", "smoke", "--corpus", "texts"]) == 0
     assert capsys.readouterr().out.split() == ["01_toy", "not", "run", "yet"]
+
+
+def test_study_ends_with_the_ledger_and_the_path_of_its_report(
+    checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = checkout / "notebooks" / "01_toy.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[1].source = """from mome_utils.study import Study
+study = Study.open("01_toy", profile=profile, corpus=corpus, quiet=True)
+study.finish()"""
+    notebook.cells.insert(0, nbformat.v4.new_markdown_cell("# A toy"))
+    nbformat.write(notebook, path)
+    run = ["--profile", "smoke", "--corpus", "texts"]
+    assert main(["study", *run]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "C1    not run" in lines and "N3    not run" in lines
+    report = re.fullmatch(r"The report is (artifacts/smoke-[0-9a-f]{8}/report/index\.html)", lines[-1])
+    assert report is not None
+    assert 'href="01_toy.html"' in (checkout / report.group(1)).read_text(encoding="utf-8")
+    shutil.rmtree(checkout / "artifacts" / report.group(1).split("/")[1] / "report")
+    assert main(["report", *run]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == lines[-1] and (checkout / report.group(1)).is_file()
+    assert "run 'mome study' and 'mome publish' first" in complaint(capsys, "report")
 
 
 def test_bad_requests_of_a_study_are_refused_before_it_starts(

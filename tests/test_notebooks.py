@@ -41,11 +41,12 @@ def code_cells(path: Path) -> list[nbformat.NotebookNode]:
 # --- how they are written
 
 
-def test_the_six_of_the_study_are_there() -> None:
+def test_those_of_the_study_are_there() -> None:
     names = [path.stem for path in NOTEBOOKS]
     assert [name[:2] for name in names] == [f"{n:02d}" for n in range(1, len(names) + 1)]
-    assert names[:6] == ["01_dataset_creation", "02_teacher_training", "03_kd_alpha_comparison",
-                         "04_router_bakeoff", "05_moe_variants", "06_forgetting_curves"]
+    assert names == ["01_dataset_creation", "02_teacher_training", "03_kd_alpha_comparison",
+                     "04_router_bakeoff", "05_moe_variants", "06_forgetting_curves",
+                     "07_representation_similarity", "08_position_bias", "09_claims_ledger"]
 
 
 @each_notebook
@@ -206,6 +207,7 @@ def test_a_notebook_names_the_one_to_run_first(
     assert "MissingArtifact" in sentence
 
 
+@pytest.mark.long
 def test_the_study_runs_on_texts_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two languages, no ids, no groups, no titles: nothing is aligned, and every notebook runs all the same."""
     texts = tmp_path / "texts"

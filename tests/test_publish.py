@@ -13,7 +13,9 @@ import pandas as pd
 import pytest
 
 from mome_utils.config import MomeError
-from mome_utils.publish import disagreements, merge_outputs, publish, readme_block, with_block
+from mome_utils.ledger import ledger
+from mome_utils.publish import disagreements, merge_outputs, publish
+from mome_utils.readme import RESULTS, readme_block, with_block
 from mome_utils.runner import Request, read_notebook, run_study
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -201,11 +203,12 @@ def test_the_readme_tells_the_time_of_the_extended_arms_apart(repository: Path, 
     publish(repository, request_for(original))
     path = repository / "data/results/laptop/study.json"
     study = json.loads(path.read_text(encoding="utf-8"))
-    assert "extended" not in readme_block(repository)
+    entries = ledger(repository / RESULTS)
+    assert "extended" not in readme_block(repository, entries)
     study["arms"], study["notebooks"]["01_toy"]["extended_seconds"] = "extended", 1500.0
     path.write_text(json.dumps(study), encoding="utf-8")
-    assert "(extended arms: 25 min 0 s more) |" in readme_block(repository)
-    assert "`--arms extended` adds the extended arms; they are shown." in readme_block(repository)
+    assert "(extended arms: 25 min 0 s more) |" in readme_block(repository, entries)
+    assert "`--arms extended` adds the extended arms; they are shown." in readme_block(repository, entries)
 
 
 def test_the_results_block_is_replaced_and_the_rest_kept() -> None:
@@ -217,6 +220,6 @@ def test_the_results_block_is_replaced_and_the_rest_kept() -> None:
 def test_what_is_tracked_belongs_to_its_code() -> None:
     """Fails until the ``laptop`` run is published, and whenever code or notebooks have changed since."""
     assert disagreements(ROOT) == []
-    assert readme_block(ROOT) in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme_block(ROOT, ledger(ROOT / RESULTS)) in (ROOT / "README.md").read_text(encoding="utf-8")
     size = sum(file.stat().st_size for file in (ROOT / "data" / "results").rglob("*") if file.is_file())
     assert size < 5_000_000

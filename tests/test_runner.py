@@ -21,7 +21,7 @@ from mome_utils import artifacts, runner
 from mome_utils.artifacts import Store, file_digest
 from mome_utils.config import MomeError
 from mome_utils.overview import Overview, Plan, in_words, seconds_left
-from mome_utils.records import Record, code_digest, is_stale, read_record, stale_reason, tags
+from mome_utils.records import Record, code_digest, is_stale, listing, read_record, stale_reason, tags
 from mome_utils.runner import CellFailed, Request, run_study
 
 PARAMETERS = '''profile: str = "laptop"  # how large
@@ -340,3 +340,16 @@ def test_overview_before_anything_was_measured() -> None:
     now[0] = 5.0
     overview.cell(1)
     assert "5 s so far, about 15 s left" in overview.line()
+
+
+def test_a_notebook_that_reads_every_result_is_stale_when_there_are_others(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for name in ("01_one", "09_all"):
+        with store.create("results", name, inputs={}, parameters={}, modules=[]):
+            pass
+    notebook = toy("09_all")
+    record = Record("09_all", code_digest(notebook), "p", {"results/*": listing(tmp_path / "results", "09_all")}, [1.0])
+    assert stale_reason(notebook, "p", record, tmp_path) is None
+    with store.create("results", "02_two", inputs={}, parameters={}, modules=[]):
+        pass
+    assert stale_reason(notebook, "p", record, tmp_path) == "results are others now"

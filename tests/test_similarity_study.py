@@ -15,7 +15,7 @@ from mome_utils import similarity_tables as tables
 from mome_utils.config import MomeError, Shape
 from mome_utils.models import build_gpt2
 from mome_utils.moe import build_mome
-from mome_utils.representations import Passage
+from mome_utils.representations import Passage, expert_reader, hidden_states
 from mome_utils.similarity import MEASURES, compare
 from mome_utils.similarity_baselines import ALL, jackknife
 from mome_utils.training import ModelSpec
@@ -72,6 +72,26 @@ def test_untrained_twins_are_the_weights_of_the_start(models: zoo.Collection) ->
     trained, start = (models.states(models.of(kind, "en")[2], "en")["mean"][-1]
                       for kind in ("teacher", "untrained_teacher"))
     assert np.array_equal(trained, start)  # FakeRun(trained=seed) "trained" to what its seed starts with
+
+
+def test_a_run_is_loaded_once_for_all_that_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(1)
+    passages = {g: [Passage(g, f"t{i}", (0, *generator.integers(2, 40, 5).tolist())) for i in range(6)]
+                for g in LANGUAGES}
+    found, loads = zoo.Collection(passages, pad=1), []
+    teacher, mixture = run("gpt2", 0, 1, 2, 12), run("moe_ce", 0, 30)
+    found.add_run("teacher", "", teacher)
+    found.add_experts("moe_ce", mixture)
+    known = FakeRun.model
+    monkeypatch.setattr(FakeRun, "model", lambda self: loads.append(self.trained) or known(self))
+    wanted = [(ref, g) for g in LANGUAGES for kind in ("teacher", "moe_ce", "common")
+              for ref in found.of(kind, g).values()]
+    found.read([*wanted, *wanted])
+    assert sorted(loads) == [1, 30]  # a mixture once for its experts, a teacher once for its languages
+    ref, model = found.of("moe_ce", "py")[0], mixture.model()
+    states = hidden_states(expert_reader(model, "py"), [p.ids for p in passages["py"]], pad=1)
+    assert np.array_equal(found.states(ref, "py")["mean"][-1], states["mean"][-1])
+    assert sorted(loads) == [1, 30, 30]
 
 
 def test_no_model_takes_the_place_of_another(models: zoo.Collection) -> None:
