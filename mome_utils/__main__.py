@@ -1,4 +1,4 @@
-"""The command line: ``mome study``, ``batch``, ``report``, ``status``, ``dataset``, ``export``, ``publish``, ``bench``.
+"""The command line: ``mome`` and ``study``, ``batch``, ``report``, ``status``, ``dataset``, ``train``, ``export``, …
 
 Heavy libraries are imported by the command that needs them, so that help and complaints come at once.
 """
@@ -147,6 +147,14 @@ def _dataset(options: argparse.Namespace) -> int:
     return 0
 
 
+def _train(options: argparse.Namespace) -> int:
+    from mome_utils.launch import train_together
+
+    for line in train_together(_request(options).parameters(), seed=options.seed, files=options.spec):
+        print(line)
+    return 0
+
+
 def _export(options: argparse.Namespace) -> int:
     import transformers
 
@@ -270,6 +278,15 @@ def parser() -> argparse.ArgumentParser:
     dataset.add_argument("--seed", type=int, default=0, help="seed of splits and choices (default: 0)")
     dataset.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
     dataset.set_defaults(command=_dataset)
+
+    train = commands.add_parser(
+        "train", help="train one large run, by several processes under accelerate launch",
+        description="accelerate launch --num_processes 8 -m mome_utils train --profile gpu; see docs/large_runs.md")
+    train.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the teacher (default: %(default)d)")
+    train.add_argument("--spec", type=Path, action="append", default=[], metavar="FILE",
+                       help="another run than the teacher: its spec as JSON, or a manifest; may be given several times")
+    _common(train)
+    train.set_defaults(command=_train)
 
     export = commands.add_parser("export", help="write a trained mixture, its router and tokenizer to a folder")
     export.add_argument("variant", metavar="VARIANT", help="ple, jeet or moe_ce")

@@ -82,10 +82,13 @@ class Profile:
     weight_decay: float = 0.05
     #: Weight of the language-modelling loss when it is fixed (the paper's α).
     alpha: float = 0.5
+    #: Processes that train the teacher together (``accelerate launch``, ``mome train``); part of its identity.
+    teacher_processes: int = 1
 
     def __post_init__(self) -> None:
         positive = ("vocab_size", "block_size", "seeds", "teacher_epochs", "student_epochs", "teacher_batch",
-                    "student_batch", "teacher_lr", "student_lr", "evaluations", "stride", "jobs", "threads")
+                    "student_batch", "teacher_lr", "student_lr", "evaluations", "stride", "jobs", "threads",
+                    "teacher_processes")
         for name in positive:
             if getattr(self, name) <= 0:
                 raise MomeError(f"Profile field '{name}' must be positive, not {getattr(self, name)!r}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from mome_utils.alpha import Signals, make_alpha
 from mome_utils.config import MomeError
 from mome_utils.distillation import Objective, micro_losses
+from mome_utils.distributed import Share
 from mome_utils.fused import covers, fused_losses
 from mome_utils.training import LMTrainer, model_logits
 
@@ -36,36 +38,55 @@ class KDTrainer(LMTrainer):
         self.objective: Objective = self.spec.objective
         self.rule = make_alpha(self.objective.alpha, self.objective.value, self.spec.steps)
         self.head = head if self.feed.states is None else head.to(self.feed.states[0].dtype)
+        self.share = Share(self.objective.micro_batches, self.args.world_size, self.args.process_index)
+        mine = self.share.mine
+        self.own = replace(self.objective, micro_batches=mine.stop - mine.start)  # of this process's micro-batches
 
     def compute_loss(
         self, model: Any, inputs: Mapping[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        ids, step, parts = inputs["input_ids"], self.state.global_step, self.objective.micro_batches
-        needs = [self.rule.needs(step, part) for part in range(parts)]
+        ids, step, mine = inputs["input_ids"], self.state.global_step, self.share.mine
+        everyone = [self.rule.needs(step, part) for part in range(self.objective.micro_batches)]
+        needs = everyone[mine]
+        weigh = partial(self._weigh, step, everyone, ids.device)
         fused = covers(self.objective) and not return_outputs
         hidden = self.hidden_states(model, ids) if fused else None
         if hidden is not None:
             states = self._wanted(inputs["teacher_states"], [kd for _, kd in needs])
-            unknown = [math.nan] * parts
-            weights = self._weights(step, needs, unknown, unknown, ()) if not self.rule.needs_losses else partial(
-                self._weights, step, needs
-            )
+            known = None
+            if not self.rule.needs_losses:
+                unknown = [math.nan] * len(everyone)
+                known = self._weights(step, everyone, unknown, unknown, ())
             found = fused_losses(
-                self.objective, hidden, model.lm_head.weight, states, self.head, ids, needs, weights,
-                dtype=self.product_dtype, norms=self.rule.needs_norms,
+                self.own, hidden, self.network.lm_head.weight, states, self.head, ids, needs,
+                weigh if known is None else known[mine], dtype=self.product_dtype, norms=self.rule.needs_norms,
             )
-            self._record(needs, found.ce, found.kd, found.weights)
+            if known is not None:
+                ce_of_all, kd_of_all = self.share.whole([found.ce, found.kd], ids.device)
+                self._record(everyone, ce_of_all, kd_of_all, known)
             return found.loss
         logits = model_logits(model, ids, inputs["languages"])
         teacher = self._teacher_logits(inputs["teacher_states"], [kd for _, kd in needs])
-        ce, kd = micro_losses(self.objective, logits, teacher, ids, needs, pad=self.spec.model.eos)
+        ce, kd = micro_losses(self.own, logits, teacher, ids, needs, pad=self.spec.model.eos)
         norms = self._gradient_norms(logits, ce, kd) if self.rule.needs_norms else ()
         values = torch.stack([ce, kd]).detach().tolist()  # one read of the device
-        chosen = self._weights(step, needs, values[0], values[1], norms)
-        alpha, beta = torch.tensor(chosen, dtype=ce.dtype, device=ce.device).T
+        alpha, beta = torch.tensor(weigh(values[0], values[1], norms), dtype=ce.dtype, device=ce.device).T
         loss = (alpha * ce + beta * kd).mean()
-        self._record(needs, values[0], values[1], chosen)
         return (loss, logits) if return_outputs else loss
+
+    def _weigh(
+        self, step: int, needs: Sequence[tuple[bool, bool]], device: torch.device, ce: Sequence[float],
+        kd: Sequence[float], norms: Sequence[Sequence[float]],
+    ) -> list[tuple[float, float]]:
+        """(α, β) of this process's micro-batches from their losses, by the rule that sees those of all; and the row."""
+        if self.share.processes > 1:
+            # The gradient of a mean over k processes' parts is 1 / k of each part's: its squared norm, Σ (norm / k)².
+            squares = [[norm**2 / self.share.holders for norm in side] for side in zip(*norms, strict=True)]
+            ce, kd, *squared = self.share.whole([ce, kd, *squares], device)
+            norms = [[math.sqrt(value) for value in pair] for pair in zip(*squared, strict=True)]
+        chosen = self._weights(step, needs, ce, kd, norms)
+        self._record(needs, ce, kd, chosen)
+        return chosen[self.share.mine]
 
     def _weights(
         self, step: int, needs: Sequence[tuple[bool, bool]], ce: Sequence[float], kd: Sequence[float],

@@ -114,6 +114,7 @@ def teacher_spec(study: Study, seed: int) -> TrainSpec:
     return _spec(
         study, _model(study, profile.teacher), study.languages, seed, sampler="balanced", batch_size=batch,
         steps=_steps(sequences, batch, profile.evaluations), learning_rate=profile.teacher_lr,
+        processes=profile.teacher_processes,
     )
 
 

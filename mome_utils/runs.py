@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from mome_utils.artifacts import DamagedArtifact, Store, digest, file_digest, read_manifest, source_digest
 from mome_utils.dataset import StudyData
+from mome_utils.distributed import is_main, main_first, processes, wait
 from mome_utils.kd_training import KDTrainer
 from mome_utils.schedules import schedule
 from mome_utils.training import (
@@ -33,6 +34,7 @@ from mome_utils.training import (
     TrainSpec,
     ValidationSet,
     build_model,
+    check_processes,
     load_gpt2,
     save_model,
     sound_checkpoint,
@@ -50,7 +52,7 @@ STATES = "teacher_states"
 
 def run_modules(spec: TrainSpec) -> tuple[str, ...]:
     """Modules whose source defines a run's numbers, and so is part of its key."""
-    names = ["models", "schedules", "fused", "training", "runs"]
+    names = ["models", "schedules", "fused", "distributed", "training", "runs"]
     if spec.objective is not None:
         names += ["divergences", "alpha", "alpha_schedules", "distillation", "kd_training"]
     if spec.model.kind != "gpt2":
@@ -148,15 +150,20 @@ def teacher_states(store: Store, data: StudyData, teacher: Run, language: str) -
 def train_or_load(spec: TrainSpec, store: Store, data: StudyData) -> Run:
     """The finished run of ``spec``: loaded, resumed or trained.
 
+    A run of several processes is trained by calling this in all of them; the main one writes.
+
     Raises:
         MissingArtifact: the teacher the spec names has not been trained.
+        MomeError: the run is to be trained, by another number of processes.
     """
     key = run_key(spec)
-    try:
-        if (folder := store.load(STAGE, key)) is not None:
-            return Run(spec, key, folder)
-    except DamagedArtifact:
-        shutil.rmtree(store.path(STAGE, key))  # a damaged run is made again
+    with main_first():
+        try:
+            if (folder := store.load(STAGE, key)) is not None:
+                return Run(spec, key, folder)
+        except DamagedArtifact:
+            shutil.rmtree(store.path(STAGE, key))  # a damaged run is made again
+    check_processes(spec, processes())
     with torch_threads(spec.threads):
         _train(spec, key, store, data)
     return Run(spec, key, store.path(STAGE, key))
@@ -177,16 +184,21 @@ def _train(spec: TrainSpec, key: str, store: Store, data: StudyData) -> None:
     validated = history.dropna(subset=["val_mean"])
     best = validated.loc[validated["val_mean"].idxmin()] if spec.select_best else validated.iloc[-1]
     inputs = {"data": spec.data} | ({"teacher": spec.teacher} if spec.teacher else {})
-    with store.create(STAGE, key, inputs=inputs, parameters=spec, modules=run_modules(spec)) as result:
-        save_model(trainer.network, result.folder)
-        history.to_parquet(result.folder / "history.parquet", index=False)
-        if (work / "snapshots").is_dir():
-            shutil.copytree(work / "snapshots", result.folder / "snapshots")
-        result.metrics.update(
-            step=int(best["step"]), validation_bits_per_byte=float(best["val_mean"]),
-            tokens=spec.steps * spec.batch_size * spec.model.block_size, seconds=round(time.monotonic() - started, 1),
-        )
-    shutil.rmtree(work)
+    wait()  # every process has read the chosen checkpoint
+    with main_first():
+        if not is_main():
+            return
+        with store.create(STAGE, key, inputs=inputs, parameters=spec, modules=run_modules(spec)) as result:
+            save_model(trainer.network, result.folder)
+            history.to_parquet(result.folder / "history.parquet", index=False)
+            if (work / "snapshots").is_dir():
+                shutil.copytree(work / "snapshots", result.folder / "snapshots")
+            result.metrics.update(
+                step=int(best["step"]), validation_bits_per_byte=float(best["val_mean"]),
+                tokens=spec.steps * spec.batch_size * spec.model.block_size,
+                seconds=round(time.monotonic() - started, 1),
+            )
+        shutil.rmtree(work)
 
 
 def _trainer(spec: TrainSpec, work: Path, store: Store, data: StudyData) -> LMTrainer:

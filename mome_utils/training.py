@@ -17,18 +17,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import GPT2LMHeadModel, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from mome_utils.artifacts import file_digest, write_atomic
 from mome_utils.config import MomeError, Shape
 from mome_utils.distillation import Objective
-from mome_utils.fused import fused_ce
+from mome_utils.distributed import Share, averaged, wait
+from mome_utils.fused import covers, fused_ce
 from mome_utils.models import build_gpt2, shifted_ce
 from mome_utils.schedules import ScheduleKind
 
 __all__ = [
-    "LMTrainer", "ModelSpec", "ScheduledBlocks", "TrainSpec", "ValidationSet", "build_model",
+    "LMTrainer", "ModelSpec", "ScheduledBlocks", "TrainSpec", "ValidationSet", "build_model", "check_processes",
     "load_gpt2", "model_logits", "resolve_dtype", "save_model", "sound_checkpoint", "vocabulary_bytes",
 ]
 
@@ -78,6 +80,8 @@ class TrainSpec:
     teacher: str | None = None
     snapshots: tuple[int, ...] = ()
     groups: tuple[str, ...] = ()
+    #: Processes that train it together, each on an equal share of every batch: sums, and so results, depend on it.
+    processes: int = 1
 
     def __post_init__(self) -> None:
         if (self.objective is None) != (self.teacher is None):
@@ -89,6 +93,18 @@ class TrainSpec:
                 f"A batch of {self.batch_size} sequences cannot be cut into {self.objective.micro_batches} equal "
                 "micro-batches: choose a number that divides it."
             )
+        if self.processes < 1 or self.batch_size % self.processes:
+            raise MomeError(
+                f"A batch of {self.batch_size} sequences cannot be shared equally by {self.processes} processes: "
+                "choose a number that divides it."
+            )
+        if self.objective is not None:
+            share = Share(self.objective.micro_batches, self.processes)
+            if share.holders > 1 and not covers(self.objective):
+                raise MomeError(
+                    f"{self.objective.divergence} looks at whole micro-batches: train it with at most as many "
+                    f"processes as a batch has of them ({self.objective.micro_batches})."
+                )
 
 
 def resolve_dtype(dtype: str) -> str:
@@ -184,7 +200,8 @@ class ValidationSet:
 
 def model_logits(model: torch.nn.Module, ids: Tensor, languages: Tensor) -> Tensor:
     """Logits ``[B, T, V]``; a mixture is given its true routes, as in the published training."""
-    if getattr(model.config, "model_type", "") == "mome":
+    plain = model.module if isinstance(model, DistributedDataParallel) else model
+    if getattr(plain.config, "model_type", "") == "mome":
         return model(input_ids=ids, routes=languages.to(ids.device)).logits
     return model(input_ids=ids, use_cache=False).logits
 
@@ -198,12 +215,17 @@ class _Records(TrainerCallback):
         self.written = 0.0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
         now = time.monotonic()  # a step can be shorter than opening a file
         if now - self.written > 0.5 or state.global_step == state.max_steps:
             self.progress.write_text(f"{state.global_step}/{state.max_steps}", encoding="utf-8")
             self.written = now
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        wait()  # each process keeps its own random state there
+        if not state.is_world_process_zero:
+            return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         files = {f.name: file_digest(f) for f in sorted(folder.iterdir()) if f.name != RECORDS}
         kept = {"records": self.trainer.records, "files": files, "state": self.trainer.state_to_keep()}
@@ -217,7 +239,7 @@ class _Snapshots(TrainerCallback):
         self.steps = set(steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if state.global_step in self.steps:
+        if state.global_step in self.steps and state.is_world_process_zero:
             save_model(model, Path(args.output_dir) / "snapshots" / f"step-{state.global_step:06d}")
 
 
@@ -246,7 +268,8 @@ class LMTrainer(Trainer):
     ) -> None:
         every = spec.steps // spec.evaluations
         arguments = TrainingArguments(
-            output_dir=str(folder), max_steps=spec.steps, per_device_train_batch_size=spec.batch_size,
+            output_dir=str(folder), max_steps=spec.steps,
+            per_device_train_batch_size=spec.batch_size // spec.processes,
             learning_rate=spec.learning_rate, weight_decay=spec.weight_decay, optim="adamw_torch_fused",
             adam_beta2=0.95,  # a short memory suits short runs
             lr_scheduler_type="cosine" if spec.lr_schedule == "cosine" else "constant_with_warmup",
@@ -255,8 +278,11 @@ class LMTrainer(Trainer):
             eval_strategy="steps", eval_steps=every, save_strategy="steps", save_steps=every, save_total_limit=2,
             load_best_model_at_end=spec.select_best, metric_for_best_model="eval_loss", greater_is_better=False,
             remove_unused_columns=False, dataloader_pin_memory=False, disable_tqdm=True, save_only_model=False,
+            log_level_replica="passive",  # the other processes of a run are as quiet as the first
             logging_nan_inf_filter=False,  # it reads the loss from the device in each step
+            ddp_find_unused_parameters=spec.model.kind != "gpt2",  # a batch need not reach all experts of a mixture
         )
+        check_processes(spec, arguments.world_size)
         super().__init__(
             model=model, args=arguments, train_dataset=feed, eval_dataset=list(validation), data_collator=_as_is
         )
@@ -300,20 +326,25 @@ class LMTrainer(Trainer):
     ) -> Any:
         logits, hidden = None, None if return_outputs else self.hidden_states(model, inputs["input_ids"])
         if hidden is not None:
-            loss = fused_ce(hidden, model.lm_head.weight, inputs["input_ids"], dtype=self.product_dtype)
+            loss = fused_ce(hidden, self.network.lm_head.weight, inputs["input_ids"], dtype=self.product_dtype)
         else:
             logits = model_logits(model, inputs["input_ids"], inputs["languages"])
             loss = shifted_ce(logits, inputs["input_ids"])
         if model.training:
-            self.record(loss=loss.item())
+            self.record(loss=averaged(loss).item())
         return (loss, logits) if return_outputs else loss
 
     def hidden_states(self, model: Any, ids: Tensor) -> Tensor | None:
         """Last hidden states [B, T, H] of a plain GPT-2, whose logits are one product away.
 
-        ``None`` for a mixture, which may have several output matrices, and for a model that is wrapped to be trained
-        in parallel, which must be called as a whole.
+        ``None`` for a mixture, which may have several output matrices, and for a model in shards (FSDP), whose output
+        matrix is whole within its own forward pass only.
         """
+        if isinstance(model, DistributedDataParallel) and type(model.module) is GPT2LMHeadModel:
+            # It must be called as a whole; the logits of one position are all that this computes too much.
+            found = model(input_ids=ids, use_cache=False, output_hidden_states=True, logits_to_keep=1)
+            whole: Tensor = found.hidden_states[-1]
+            return whole
         if type(model) is not GPT2LMHeadModel:
             return None
         with self.accelerator.autocast():  # it wraps the whole model's forward pass only
@@ -360,7 +391,21 @@ class LMTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # As in the parent, without training_args.bin: it is a pickle, and the spec already says all it holds.
-        save_model(self.network, Path(output_dir or str(self.args.output_dir)), state_dict)
+        if self.args.should_save:  # it is asked in every process
+            save_model(self.network, Path(output_dir or str(self.args.output_dir)), state_dict)
+
+
+def check_processes(spec: TrainSpec, present: int) -> None:
+    """Refuse a run that another number of processes than the present one has to train."""
+    if present == spec.processes:
+        return
+    how = "alone, without accelerate launch" if spec.processes == 1 else (
+        f"under accelerate launch --num_processes {spec.processes} (docs/large_runs.md says how)"
+    )
+    raise MomeError(
+        f"This run belongs to {spec.processes} process{'es' if spec.processes > 1 else ''}, and {present} would train "
+        f"it: sums, and so results, depend on it. Train it {how}."
+    )
 
 
 def vocabulary_bytes(tokenizer: Any) -> Tensor:

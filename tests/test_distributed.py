@@ -1,0 +1,94 @@
+"""One run by two processes (gloo) is the run of one: same sequences, same losses, same weights up to rounding."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mome_utils import recipes
+from mome_utils.artifacts import canonical_json
+from mome_utils.distillation import Objective
+from mome_utils.launch import read_spec
+from mome_utils.runs import Run, run_key, train_or_load
+from mome_utils.study import Study
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = {
+    "topics": 20, "vocab_size": 400, "block_size": 32, "stride": 16, "teacher": [1, 32, 2], "student": [1, 16, 2],
+    "expert": [1, 16, 2], "teacher_epochs": 0.1, "student_epochs": 0.1, "teacher_batch": 4, "student_batch": 4,
+    "evaluations": 2, "evaluation_blocks": 4, "test_fraction": 0.2, "validation_fraction": 0.2,
+}
+#: What rounding may do to a float32 run of a dozen steps: sums of a batch are made in two parts.
+TOLERANCE = dict(rtol=2e-5, atol=2e-6)
+
+
+def launched(artifacts: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """``accelerate launch`` of two processes on this machine's processor, with torch's launcher on a free port."""
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+        "-m", "mome_utils", "train", *arguments,
+    ]
+    environment = os.environ | {
+        "MOME_ARTIFACTS": str(artifacts), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Runs by one process and by two, by name: (alone, together)."""
+    folder = tmp_path_factory.mktemp("artifacts")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOME_ARTIFACTS", str(folder))
+        study = Study.open("test", profile="smoke", languages=["en", "py"], overrides=TINY, quiet=True)
+        study.build_data()
+        teacher = study.runs([recipes.teacher_spec(study, 0)])
+        study.cache_teachers(teacher)
+    student = recipes.student_spec(study, "en", "fixed", 0)
+    specs = {
+        "teacher": teacher[0].spec,
+        "adaptive": dataclasses.replace(student, objective=Objective("reverse_kl", "uncertainty"), snapshots=()),
+        "norms": dataclasses.replace(student, objective=Objective("soft_ce", "gradient_norm"), snapshots=()),
+        "released": recipes.student_spec(study, "en", "as_released", 0),
+        "mixture": recipes.moe_spec(study, "moe_ce", 0),
+    }
+    files, arguments = folder / "specs", []
+    files.mkdir()
+    for name, spec in specs.items():
+        (files / f"{name}.json").write_text(canonical_json(dataclasses.replace(spec, processes=2)), encoding="utf-8")
+        arguments += ["--spec", str(files / f"{name}.json")]
+    settings = [part for name, value in TINY.items() for part in ("--set", f"{name}={json.dumps(value)}")]
+    done = launched(folder, "--profile", "smoke", "--languages", "en,py", *settings, *arguments)
+    assert done.returncode == 0, done.stderr[-9000:]
+    found = {}
+    for name, spec in specs.items():
+        together = read_spec(files / f"{name}.json")
+        assert f"{run_key(together)}: " in done.stdout
+        folder_of = study.store.load("runs", run_key(together))
+        assert folder_of is not None
+        found[name] = (train_or_load(spec, study.store, study.data()), Run(together, run_key(together), folder_of))
+    assert len(done.stdout.splitlines()) == len(specs), "the main process alone reports"
+    return found
+
+
+@pytest.mark.parametrize("name", ["teacher", "adaptive", "norms", "released", "mixture"])
+def test_two_processes_train_as_one_does(runs, name):
+    alone, together = runs[name]
+    assert alone.key != together.key, "the last digits differ, so the names do"
+    assert together.metrics["step"] == alone.metrics["step"]
+    one, two = alone.history(), together.history()
+    assert list(one) == list(two) and len(one) == alone.spec.steps
+    np.testing.assert_allclose(two.to_numpy(), one.to_numpy(), **TOLERANCE)
+    before, after = (load_file(run.folder / "model.safetensors") for run in (alone, together))
+    assert before.keys() == after.keys()
+    for key in before:
+        torch.testing.assert_close(after[key], before[key], rtol=1e-3, atol=2e-5)
