@@ -184,12 +184,13 @@ def _train(spec: TrainSpec, key: str, store: Store, data: StudyData) -> None:
     validated = history.dropna(subset=["val_mean"])
     best = validated.loc[validated["val_mean"].idxmin()] if spec.select_best else validated.iloc[-1]
     inputs = {"data": spec.data} | ({"teacher": spec.teacher} if spec.teacher else {})
+    weights = trainer.whole_weights()
     wait()  # every process has read the chosen checkpoint
     with main_first():
         if not is_main():
             return
         with store.create(STAGE, key, inputs=inputs, parameters=spec, modules=run_modules(spec)) as result:
-            save_model(trainer.network, result.folder)
+            save_model(trainer.network, result.folder, weights)
             history.to_parquet(result.folder / "history.parquet", index=False)
             if (work / "snapshots").is_dir():
                 shutil.copytree(work / "snapshots", result.folder / "snapshots")

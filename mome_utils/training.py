@@ -235,12 +235,15 @@ class _Records(TrainerCallback):
 class _Snapshots(TrainerCallback):
     """Keeps the weights after the steps that the spec names."""
 
-    def __init__(self, steps: Sequence[int]) -> None:
+    def __init__(self, trainer: LMTrainer, steps: Sequence[int]) -> None:
+        self.trainer = trainer
         self.steps = set(steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if state.global_step in self.steps and state.is_world_process_zero:
-            save_model(model, Path(args.output_dir) / "snapshots" / f"step-{state.global_step:06d}")
+        if state.global_step in self.steps:
+            weights = self.trainer.whole_weights()
+            if state.is_world_process_zero:
+                save_model(model, Path(args.output_dir) / "snapshots" / f"step-{state.global_step:06d}", weights)
 
 
 def sound_checkpoint(folder: Path) -> Path | None:
@@ -286,6 +289,8 @@ class LMTrainer(Trainer):
         super().__init__(
             model=model, args=arguments, train_dataset=feed, eval_dataset=list(validation), data_collator=_as_is
         )
+        if self.is_fsdp_enabled:
+            self._check_shards()
         # Our loss is a mean over the micro-batch, so the Trainer must average it over accumulation steps.
         self.model_accepts_loss_kwargs = False
         self.spec = spec
@@ -295,8 +300,19 @@ class LMTrainer(Trainer):
         self.records: list[dict[str, float]] = []
         self.add_callback(_Records(self, folder / "progress"))
         if spec.snapshots:
-            self.add_callback(_Snapshots(spec.snapshots))
+            self.add_callback(_Snapshots(self, spec.snapshots))
         self._quiet()
+
+    def _check_shards(self) -> None:
+        """Refuse what has not been made to work in shards."""
+        plugin = self.accelerator.state.fsdp_plugin
+        if self.spec.model.kind != "gpt2":
+            raise MomeError("A mixture is not trained in shards (FSDP): its experts are small, so launch it without.")
+        if plugin.fsdp_version != 2 or "FULL" not in str(plugin.state_dict_type):
+            raise MomeError(
+                "Training in shards needs 'fsdp_version: 2' and 'fsdp_state_dict_type: FULL_STATE_DICT' in the launch "
+                "configuration: start with configs/accelerate_fsdp.yaml."
+            )
 
     def _quiet(self) -> None:
         from transformers.trainer_callback import PrinterCallback
@@ -388,6 +404,10 @@ class LMTrainer(Trainer):
         kept = json.loads((checkpoint / RECORDS).read_text(encoding="utf-8"))
         self.records = kept["records"]
         self.restore_state(kept["state"])
+
+    def whole_weights(self) -> dict[str, Tensor] | None:
+        """The weights of a model in shards (FSDP), collected by all processes; ``None`` where each has all of them."""
+        return self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # As in the parent, without training_args.bin: it is a pickle, and the spec already says all it holds.
