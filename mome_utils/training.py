@@ -289,13 +289,13 @@ class LMTrainer(Trainer):
         super().__init__(
             model=model, args=arguments, train_dataset=feed, eval_dataset=list(validation), data_collator=_as_is
         )
-        if self.is_fsdp_enabled:
-            self._check_shards()
         # Our loss is a mean over the micro-batch, so the Trainer must average it over accumulation steps.
         self.model_accepts_loss_kwargs = False
         self.spec = spec
         self.feed = feed
         self.network = model
+        if self.is_fsdp_enabled:
+            self._check_shards()
         self.validation = validation
         self.records: list[dict[str, float]] = []
         self.add_callback(_Records(self, folder / "progress"))
