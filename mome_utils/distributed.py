@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,10 @@ from torch import distributed as dist
 
 from mome_utils.config import MomeError
 
-__all__ = ["Share", "averaged", "is_main", "join", "main_first", "processes", "wait"]
+__all__ = [
+    "Share", "averaged", "check_processes", "check_shards", "check_share", "is_main", "join", "main_first", "processes",
+    "wait",
+]
 
 
 def join() -> None:
@@ -71,6 +75,52 @@ def averaged(value: Tensor) -> Tensor:
 
 def _together() -> bool:
     return dist.is_available() and dist.is_initialized()
+
+
+def check_processes(wanted: int, present: int) -> None:
+    """Refuse a run that another number of processes than the present one has to train."""
+    if present == wanted:
+        return
+    how = "alone, without accelerate launch" if wanted == 1 else (
+        f"under accelerate launch --num_processes {wanted} (docs/large_runs.md says how)"
+    )
+    raise MomeError(
+        f"This run belongs to {wanted} process{'es' if wanted > 1 else ''}, and {present} would train it: sums, and so "
+        f"results, depend on it. Train it {how}."
+    )
+
+
+def check_share(batch: int, parts: int, count: int, *, whole: bool, compiled: bool) -> None:
+    """Refuse a batch that cannot be shared.
+
+    Args:
+        batch: sequences of a batch. parts: its micro-batches. count: processes.
+        whole: the loss is not a mean over sequences, so no micro-batch may be divided.
+        compiled: the run is to be compiled.
+    """
+    if count < 1 or batch % count:
+        raise MomeError(
+            f"A batch of {batch} sequences cannot be shared equally by {count} processes: choose a number that "
+            "divides it."
+        )
+    if Share(parts, count).holders > 1 and whole:
+        raise MomeError(
+            f"A loss of the release looks at whole micro-batches, {parts} in a batch: train it with at most as many "
+            f"processes, not {count}."
+        )
+    if compiled and count > 1:
+        raise MomeError("A run of several processes is not compiled: set 'compiled' to false, or train it alone.")
+
+
+def check_shards(kind: str, plugin: Any) -> None:
+    """Refuse what does not work in shards: a model of this ``kind``, or other settings of accelerate's FSDP plugin."""
+    if kind != "gpt2":
+        raise MomeError("A mixture is not trained in shards (FSDP): its experts are small, so launch it without.")
+    if plugin.fsdp_version != 2 or "FULL" not in str(plugin.state_dict_type):
+        raise MomeError(
+            "Training in shards needs 'fsdp_version: 2' and 'fsdp_state_dict_type: FULL_STATE_DICT' in the launch "
+            "configuration: start with configs/accelerate_fsdp.yaml."
+        )
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ class KDTrainer(LMTrainer):
         needs = everyone[mine]
         weigh = partial(self._weigh, step, everyone, ids.device)
         fused = covers(self.objective) and not return_outputs
-        hidden = self.hidden_states(model, ids) if fused else None
+        hidden = self.hidden_states(model, inputs) if fused else None
         if hidden is not None:
             states = self._wanted(inputs["teacher_states"], [kd for _, kd in needs])
             known = None

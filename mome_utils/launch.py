@@ -15,11 +15,11 @@ from typing import Any
 from mome_utils import recipes
 from mome_utils.config import MomeError, Shape
 from mome_utils.distillation import Objective
-from mome_utils.distributed import is_main, join, main_first, processes
+from mome_utils.distributed import check_processes, is_main, join, main_first, processes
 from mome_utils.runs import train_or_load
 from mome_utils.study import Study
 from mome_utils.sweeps import quiet
-from mome_utils.training import ModelSpec, TrainSpec, check_processes
+from mome_utils.training import ModelSpec, TrainSpec
 
 __all__ = ["read_spec", "train_together"]
 
@@ -44,7 +44,7 @@ def train_together(parameters: Mapping[str, Any], *, seed: int = 0, files: Seque
         data = study.build_data()
     specs = [read_spec(file) for file in files] or [recipes.teacher_spec(study, seed)]
     for spec in specs:
-        check_processes(spec, processes())
+        check_processes(spec.processes, processes())
         if spec.data != data.fingerprint:
             raise MomeError("A spec is of another data set than this profile makes of this corpus: give those it had.")
     for spec in specs:

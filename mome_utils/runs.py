@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from mome_utils.artifacts import DamagedArtifact, Store, digest, file_digest, read_manifest, source_digest
 from mome_utils.dataset import StudyData
-from mome_utils.distributed import is_main, main_first, processes, wait
+from mome_utils.distributed import check_processes, is_main, main_first, processes, wait
 from mome_utils.kd_training import KDTrainer
 from mome_utils.schedules import schedule
 from mome_utils.training import (
@@ -34,7 +34,6 @@ from mome_utils.training import (
     TrainSpec,
     ValidationSet,
     build_model,
-    check_processes,
     load_gpt2,
     save_model,
     sound_checkpoint,
@@ -163,7 +162,7 @@ def train_or_load(spec: TrainSpec, store: Store, data: StudyData) -> Run:
                 return Run(spec, key, folder)
         except DamagedArtifact:
             shutil.rmtree(store.path(STAGE, key))  # a damaged run is made again
-    check_processes(spec, processes())
+    check_processes(spec.processes, processes())
     with torch_threads(spec.threads):
         _train(spec, key, store, data)
     return Run(spec, key, store.path(STAGE, key))

@@ -24,13 +24,13 @@ from transformers import GPT2LMHeadModel, PreTrainedModel, Trainer, TrainerCallb
 from mome_utils.artifacts import file_digest, write_atomic
 from mome_utils.config import MomeError, Shape
 from mome_utils.distillation import Objective
-from mome_utils.distributed import Share, averaged, wait
+from mome_utils.distributed import averaged, check_processes, check_shards, check_share, wait
 from mome_utils.fused import covers, fused_ce
 from mome_utils.models import build_gpt2, shifted_ce
 from mome_utils.schedules import ScheduleKind
 
 __all__ = [
-    "LMTrainer", "ModelSpec", "ScheduledBlocks", "TrainSpec", "ValidationSet", "build_model", "check_processes",
+    "LMTrainer", "ModelSpec", "ScheduledBlocks", "TrainSpec", "ValidationSet", "build_model",
     "load_gpt2", "model_logits", "resolve_dtype", "save_model", "sound_checkpoint", "vocabulary_bytes",
 ]
 
@@ -56,8 +56,9 @@ class TrainSpec:
     """All that defines a training run, and with the sources of its modules its key.
 
     ``objective`` and ``teacher`` (the key of the teacher's run) are both given or both ``None`` (plain language
-    modelling). ``snapshots`` are steps after which the weights are kept beside the final ones. ``groups`` restricts
-    training and validation to blocks whose documents all belong to these topic groups; empty means all blocks.
+    modelling). ``compiled`` trains a plain GPT-2 through ``torch.compile``. ``snapshots`` are steps after which the
+    weights are kept beside the final ones. ``groups`` restricts training and validation to blocks whose documents all
+    belong to these topic groups; empty means all blocks.
     """
 
     model: ModelSpec
@@ -78,6 +79,7 @@ class TrainSpec:
     select_best: bool
     objective: Objective | None = None
     teacher: str | None = None
+    compiled: bool = False
     snapshots: tuple[int, ...] = ()
     groups: tuple[str, ...] = ()
     #: Processes that train it together, each on an equal share of every batch: sums, and so results, depend on it.
@@ -93,18 +95,9 @@ class TrainSpec:
                 f"A batch of {self.batch_size} sequences cannot be cut into {self.objective.micro_batches} equal "
                 "micro-batches: choose a number that divides it."
             )
-        if self.processes < 1 or self.batch_size % self.processes:
-            raise MomeError(
-                f"A batch of {self.batch_size} sequences cannot be shared equally by {self.processes} processes: "
-                "choose a number that divides it."
-            )
-        if self.objective is not None:
-            share = Share(self.objective.micro_batches, self.processes)
-            if share.holders > 1 and not covers(self.objective):
-                raise MomeError(
-                    f"{self.objective.divergence} looks at whole micro-batches: train it with at most as many "
-                    f"processes as a batch has of them ({self.objective.micro_batches})."
-                )
+        parts = 1 if self.objective is None else self.objective.micro_batches
+        whole = self.objective is not None and not covers(self.objective)
+        check_share(self.batch_size, parts, self.processes, whole=whole, compiled=self.compiled)
 
 
 def resolve_dtype(dtype: str) -> str:
@@ -218,7 +211,7 @@ class _Records(TrainerCallback):
         if not state.is_world_process_zero:
             return
         now = time.monotonic()  # a step can be shorter than opening a file
-        if now - self.written > 0.5 or state.global_step == state.max_steps:
+        if now - self.written > 2 or state.global_step == state.max_steps:
             self.progress.write_text(f"{state.global_step}/{state.max_steps}", encoding="utf-8")
             self.written = now
 
@@ -285,7 +278,8 @@ class LMTrainer(Trainer):
             logging_nan_inf_filter=False,  # it reads the loss from the device in each step
             ddp_find_unused_parameters=spec.model.kind != "gpt2",  # a batch need not reach all experts of a mixture
         )
-        check_processes(spec, arguments.world_size)
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # torch's DataParallel in one process would multiply the batch
+        check_processes(spec.processes, arguments.world_size)
         super().__init__(
             model=model, args=arguments, train_dataset=feed, eval_dataset=list(validation), data_collator=_as_is
         )
@@ -293,26 +287,19 @@ class LMTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.spec = spec
         self.feed = feed
-        self.network = model
+        self.network: Any = model
         if self.is_fsdp_enabled:
-            self._check_shards()
+            check_shards(spec.model.kind, self.accelerator.state.fsdp_plugin)
+        # Weights stay with the model: what is compiled is one way through its decoder.
+        self.decoder: Any = getattr(model, "transformer", None)
+        if spec.compiled and self.decoder is not None:
+            self.decoder = torch.compile(self.decoder)
         self.validation = validation
         self.records: list[dict[str, float]] = []
         self.add_callback(_Records(self, folder / "progress"))
         if spec.snapshots:
             self.add_callback(_Snapshots(self, spec.snapshots))
         self._quiet()
-
-    def _check_shards(self) -> None:
-        """Refuse what has not been made to work in shards."""
-        plugin = self.accelerator.state.fsdp_plugin
-        if self.spec.model.kind != "gpt2":
-            raise MomeError("A mixture is not trained in shards (FSDP): its experts are small, so launch it without.")
-        if plugin.fsdp_version != 2 or "FULL" not in str(plugin.state_dict_type):
-            raise MomeError(
-                "Training in shards needs 'fsdp_version: 2' and 'fsdp_state_dict_type: FULL_STATE_DICT' in the launch "
-                "configuration: start with configs/accelerate_fsdp.yaml."
-            )
 
     def _quiet(self) -> None:
         from transformers.trainer_callback import PrinterCallback
@@ -327,8 +314,6 @@ class LMTrainer(Trainer):
     ) -> Tensor:
         """Forward and backward. The parent's does the same after asking, in each step, for what we never use
         (optimizers that a package may bring along, accumulation), at the cost of a tenth of a short step."""
-        if self.args.n_gpu > 1:
-            return super().training_step(model, inputs, num_items_in_batch)
         loss: Tensor = self.compute_loss(model, self._prepare_inputs(inputs))
         loss.backward()
         return loss.detach()
@@ -340,7 +325,7 @@ class LMTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Mapping[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        logits, hidden = None, None if return_outputs else self.hidden_states(model, inputs["input_ids"])
+        logits, hidden = None, None if return_outputs else self.hidden_states(model, inputs)
         if hidden is not None:
             loss = fused_ce(hidden, self.network.lm_head.weight, inputs["input_ids"], dtype=self.product_dtype)
         else:
@@ -350,21 +335,26 @@ class LMTrainer(Trainer):
             self.record(loss=averaged(loss).item())
         return (loss, logits) if return_outputs else loss
 
-    def hidden_states(self, model: Any, ids: Tensor) -> Tensor | None:
-        """Last hidden states [B, T, H] of a plain GPT-2, whose logits are one product away.
+    def hidden_states(self, model: Any, inputs: Mapping[str, Tensor]) -> Tensor | None:
+        """Last hidden states [B, T, H] of a model whose logits are one product with its ``lm_head`` away.
 
-        ``None`` for a mixture, which may have several output matrices, and for a model in shards (FSDP), whose output
-        matrix is whole within its own forward pass only.
+        ``None`` for a mixture with several output matrices, and for a model that is wrapped or in shards to be trained
+        in parallel, which must be called as a whole. (Where that is cheap, as with a plain GPT-2, it is called so.)
         """
-        if isinstance(model, DistributedDataParallel) and type(model.module) is GPT2LMHeadModel:
-            # It must be called as a whole; the logits of one position are all that this computes too much.
-            found = model(input_ids=ids, use_cache=False, output_hidden_states=True, logits_to_keep=1)
+        if isinstance(model, DistributedDataParallel) and type(self.network) is GPT2LMHeadModel:
+            # The logits of one position are all that this computes too much.
+            found = model(input_ids=inputs["input_ids"], use_cache=False, output_hidden_states=True, logits_to_keep=1)
             whole: Tensor = found.hidden_states[-1]
             return whole
-        if type(model) is not GPT2LMHeadModel:
+        if model is not self.network or self.is_fsdp_enabled:
             return None
+        ids: Tensor = inputs["input_ids"]
+        states: Tensor | None = None
         with self.accelerator.autocast():  # it wraps the whole model's forward pass only
-            states: Tensor = model.transformer(input_ids=ids, use_cache=False).last_hidden_state
+            if type(model) is GPT2LMHeadModel:
+                states = self.decoder(input_ids=ids, use_cache=False).last_hidden_state
+            elif model.config.model_type == "mome" and model.config.variant != "ple":
+                states = model.shared_states(ids, inputs["languages"])
         return states
 
     @property
@@ -413,19 +403,6 @@ class LMTrainer(Trainer):
         # As in the parent, without training_args.bin: it is a pickle, and the spec already says all it holds.
         if self.args.should_save:  # it is asked in every process
             save_model(self.network, Path(output_dir or str(self.args.output_dir)), state_dict)
-
-
-def check_processes(spec: TrainSpec, present: int) -> None:
-    """Refuse a run that another number of processes than the present one has to train."""
-    if present == spec.processes:
-        return
-    how = "alone, without accelerate launch" if spec.processes == 1 else (
-        f"under accelerate launch --num_processes {spec.processes} (docs/large_runs.md says how)"
-    )
-    raise MomeError(
-        f"This run belongs to {spec.processes} process{'es' if spec.processes > 1 else ''}, and {present} would train "
-        f"it: sums, and so results, depend on it. Train it {how}."
-    )
 
 
 def vocabulary_bytes(tokenizer: Any) -> Tensor:

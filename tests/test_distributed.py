@@ -92,3 +92,27 @@ def test_two_processes_train_as_one_does(runs, name):
     assert before.keys() == after.keys()
     for key in before:
         torch.testing.assert_close(after[key], before[key], rtol=1e-3, atol=2e-5)
+
+
+def test_each_process_takes_its_part_of_every_batch():
+    for parts, count in ((1, 2), (4, 2), (2, 4), (4, 4), (6, 3)):
+        shares = [Share(parts, count, rank) for rank in range(count)]
+        held = [part for share in shares for part in range(parts)[share.mine]]
+        assert held == sorted(held) and {held.count(part) for part in range(parts)} == {shares[0].holders}
+        assert Share(parts).mine == slice(0, parts) and Share(parts).whole([[1.0] * parts], None) == [[1.0] * parts]
+    with pytest.raises(MomeError, match="3 micro-batches cannot be shared by 2 processes"):
+        Share(3, 2)
+
+
+def test_what_cannot_be_shared_is_refused_in_a_sentence(runs):
+    student, teacher = runs["released"][0].spec, runs["teacher"][0].spec
+    with pytest.raises(MomeError, match="A batch of 4 sequences cannot be shared equally by 3 processes"):
+        dataclasses.replace(teacher, processes=3)
+    with pytest.raises(MomeError, match="looks at whole micro-batches, 4 in a batch"):
+        dataclasses.replace(student, processes=8, batch_size=16)
+    with pytest.raises(MomeError, match="is not compiled"):
+        dataclasses.replace(teacher, processes=2, compiled=True)
+    with pytest.raises(MomeError, match="belongs to 2 processes, and 1 would train it.*--num_processes 2"):
+        check_processes(2, 1)
+    with pytest.raises(MomeError, match="belongs to 1 process, and 2 would train it.*alone"):
+        check_processes(1, 2)
