@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 
 from mome_utils import recipes
 from mome_utils.artifacts import canonical_json
+from mome_utils.config import MomeError
 from mome_utils.distillation import Objective
+from mome_utils.distributed import Share, check_processes
 from mome_utils.launch import read_spec
 from mome_utils.runs import Run, run_key, train_or_load
 from mome_utils.study import Study
@@ -26,7 +28,9 @@ TINY = {
     "evaluations": 2, "evaluation_blocks": 4, "test_fraction": 0.2, "validation_fraction": 0.2,
 }
 #: What rounding may do to a float32 run of a dozen steps: sums of a batch are made in two parts.
-TOLERANCE = dict(rtol=2e-5, atol=2e-6)
+TOLERANCE = dict(rtol=1e-5, atol=2e-6)
+#: Adam divides by the root of a running square: where gradients are near 0 their rounding moves a weight further.
+WEIGHTS = dict(rtol=1e-4, atol=2e-5)
 
 
 def launched(artifacts: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -88,10 +92,10 @@ def test_two_processes_train_as_one_does(runs, name):
     one, two = alone.history(), together.history()
     assert list(one) == list(two) and len(one) == alone.spec.steps
     np.testing.assert_allclose(two.to_numpy(), one.to_numpy(), **TOLERANCE)
-    before, after = (load_file(run.folder / "model.safetensors") for run in (alone, together))
-    assert before.keys() == after.keys()
-    for key in before:
-        torch.testing.assert_close(after[key], before[key], rtol=1e-3, atol=2e-5)
+    files = sorted(path.name for path in alone.folder.glob("*.safetensors"))  # a mixture has several
+    assert files and files == sorted(path.name for path in together.folder.glob("*.safetensors"))
+    for file in files:
+        torch.testing.assert_close(load_file(together.folder / file), load_file(alone.folder / file), **WEIGHTS)
 
 
 def test_each_process_takes_its_part_of_every_batch():
