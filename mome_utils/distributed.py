@@ -82,7 +82,7 @@ def check_processes(wanted: int, present: int) -> None:
     if present == wanted:
         return
     how = "alone, without accelerate launch" if wanted == 1 else (
-        f"under accelerate launch --num_processes {wanted} (docs/large_runs.md says how)"
+        f"under accelerate launch --num_processes {wanted} (mome_utils/configs/README.md says how)"
     )
     raise MomeError(
         f"This run belongs to {wanted} process{'es' if wanted > 1 else ''}, and {present} would train it: sums, and so "
@@ -119,7 +119,7 @@ def check_shards(kind: str, plugin: Any) -> None:
     if plugin.fsdp_version != 2 or "FULL" not in str(plugin.state_dict_type):
         raise MomeError(
             "Training in shards needs 'fsdp_version: 2' and 'fsdp_state_dict_type: FULL_STATE_DICT' in the launch "
-            "configuration: start with configs/accelerate_fsdp.yaml."
+            "configuration: start with mome_utils/configs/accelerate_fsdp.yaml."
         )
 
 
