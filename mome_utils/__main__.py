@@ -173,7 +173,9 @@ def _publish(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
+    from mome_utils.artifacts import write_atomic
     from mome_utils.bench import run_benchmark, table
+    from mome_utils.performance import performance_block, with_performance
     from mome_utils.study import project_root
 
     root, name = project_root(), options.name or ("gpu" if options.device == "cuda" else None)
@@ -181,6 +183,9 @@ def _bench(options: argparse.Namespace) -> int:
         raise MomeError("Name a benchmark for the processor (see mome bench --help), or ask for --device cuda alone.")
     out = options.out or root / "data" / "benchmarks" / f"{name}.json"
     print(table(run_benchmark(name, out, root=root, rounds=options.rounds)))
+    readme = root / "README.md"
+    if options.out is None and readme.is_file():
+        write_atomic(readme, with_performance(readme.read_text(encoding="utf-8"), performance_block(root)))
     return 0
 
 
