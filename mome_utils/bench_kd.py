@@ -122,17 +122,21 @@ def _laptop() -> dict[str, Any]:
     )
 
 
-def matrix_rate(dtype: str, threads: int, *, size: int = 1024, seconds: float = 0.5) -> float:
+def matrix_rate(dtype: str, threads: int, *, size: int = 1024, seconds: float = 0.5, device: str = "cpu") -> float:
     """Operations per second of a product of two square matrices, the best of several: what the machine could do."""
     with torch_threads(threads), torch.inference_mode():
-        a, b = (torch.randn(size, size).to(getattr(torch, dtype)) for _ in range(2))
-        clock = time.process_time if threads == 1 else time.perf_counter
+        a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
+        clock = time.process_time if threads == 1 and device == "cpu" else time.perf_counter
         times: list[float] = []
         a @ b
         end = time.perf_counter() + seconds
         while time.perf_counter() < end or not times:
+            if device == "cuda":
+                torch.cuda.synchronize()
             start = clock()
             a @ b
+            if device == "cuda":
+                torch.cuda.synchronize()
             times.append(clock() - start)
     return 2 * size**3 / min(times)
 

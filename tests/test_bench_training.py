@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mome_utils import bench_kd, bench_sides, bench_sweep
+from mome_utils import bench_gpu, bench_kd, bench_sides, bench_sweep
 from mome_utils.bench_sides import Side, Turn, Worker
 from mome_utils.config import MomeError, Shape
 from mome_utils.models import build_gpt2
@@ -160,3 +160,17 @@ def test_a_sweep_is_timed_in_turn(monkeypatch):
     assert row["tokens_per_s"] == 6 * 10 * 4 * 128 / 2
     with pytest.raises(MomeError, match="one round and one step"):
         bench_sweep.sweep(rounds=0)
+
+
+def test_the_benchmark_of_a_gpu_runs_on_small_sizes():
+    small = {"teacher": [2, 32, 2], "student": [1, 16, 2], "expert": [1, 16, 2], "vocab_size": 64, "block_size": 16,
+             "stride": 8, "compile": False}
+    rows = bench_gpu.gpu(rounds=2, device="cpu", sequences=4, matrix=64, least_seconds=0.01, overrides=small)
+    assert [row["measured"] for row in rows] == [
+        "teacher training", "distillation, cached teacher", "ple, mixed batch", "jeet, mixed batch",
+        "moe_ce, mixed batch",
+    ]
+    assert all(row["tokens_per_s"] > 0 and row["lowest"] <= row["ratio"] <= row["highest"] for row in rows)
+    assert rows[0]["matrix_rate"] > 0 and rows[1]["matrix_rate"] > 0 and rows[1]["against"] == "teacher in each step"
+    with pytest.raises(MomeError, match="multiple of 4 sequences"):
+        bench_gpu.gpu(sequences=6)
