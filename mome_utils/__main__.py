@@ -288,8 +288,9 @@ def parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser(
         "train", help="train one large run, by several processes under accelerate launch",
-        description="accelerate launch --num_processes 8 -m mome_utils train --profile gpu (mome_utils/configs/README.md)")
-    train.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the teacher (default: %(default)d)")
+        description="accelerate launch --multi_gpu --num_processes 8 -m mome_utils train --profile gpu. "
+                    "The guide is mome_utils/configs/README.md.")
+    train.add_argument("--seed", type=int, metavar="N", help="seed of the teacher (default: one for every seed)")
     train.add_argument("--spec", type=Path, action="append", default=[], metavar="FILE",
                        help="another run than the teacher: its spec as JSON, or a manifest; may be given several times")
     _common(train)

@@ -1,8 +1,9 @@
 """One large run, trained by all processes that ``accelerate launch`` has started, into the run store.
 
-``accelerate launch --num_processes 8 -m mome_utils train --profile gpu`` trains the profile's teacher by eight
-processes; notebooks that are told so (``teacher_processes=8``) load it from the store. The number of processes is part
-of a run's identity, as the number of threads is: each sums its share of a batch first, so the last digits differ.
+``accelerate launch --multi_gpu --num_processes 8 -m mome_utils train --profile gpu`` trains the profile's teachers by
+eight processes; notebooks that are told so (``teacher_processes=8``) load them from the store. The number of processes
+is part of a run's identity, as the number of threads is: each sums its share of a batch first, so the last digits
+differ. The guide is ``mome_utils/configs/README.md``.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ from mome_utils.training import ModelSpec, TrainSpec
 __all__ = ["read_spec", "train_together"]
 
 
-def train_together(parameters: Mapping[str, Any], *, seed: int = 0, files: Sequence[Path] = ()) -> Iterator[str]:
+def train_together(
+    parameters: Mapping[str, Any], *, seed: int | None = None, files: Sequence[Path] = ()
+) -> Iterator[str]:
     """Train runs one after the other, each by all processes, and say where they are (the main process only).
 
     Args:
         parameters: of the study, as :meth:`mome_utils.study.Study.open` takes them.
-        seed: of the teacher.
+        seed: of the teacher; ``None`` for the teachers of all seeds.
         files: specs to train (:func:`read_spec`) instead of the teacher.
 
     Raises:
@@ -42,7 +45,8 @@ def train_together(parameters: Mapping[str, Any], *, seed: int = 0, files: Seque
     study = Study.open("train", **{**parameters, "overrides": overrides}, quiet=True)
     with main_first():
         data = study.build_data()
-    specs = [read_spec(file) for file in files] or [recipes.teacher_spec(study, seed)]
+    seeds = study.seeds if seed is None else (seed,)
+    specs = [read_spec(file) for file in files] or [recipes.teacher_spec(study, each) for each in seeds]
     for spec in specs:
         check_processes(spec.processes, processes())
         if spec.data != data.fingerprint:
@@ -50,9 +54,10 @@ def train_together(parameters: Mapping[str, Any], *, seed: int = 0, files: Seque
     for spec in specs:
         run = train_or_load(spec, study.store, data)
         if is_main():
+            count = f"{spec.processes} process{'es' if spec.processes > 1 else ''}"
             yield (
                 f"{run.key}: {run.metrics['validation_bits_per_byte']:.4f} bits per byte on validation at step "
-                f"{run.metrics['step']} of {spec.steps}, trained by {spec.processes} processes."
+                f"{run.metrics['step']} of {spec.steps}, trained by {count}."
             )
 
 

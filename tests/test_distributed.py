@@ -10,14 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.commands import launch
+from accelerate.commands.config.config_args import ClusterConfig
+from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
 
 from mome_utils import recipes
 from mome_utils.artifacts import canonical_json
 from mome_utils.config import MomeError
 from mome_utils.distillation import Objective
-from mome_utils.distributed import Share, check_processes
-from mome_utils.launch import read_spec
+from mome_utils.distributed import Share, check_processes, check_shards
+from mome_utils.launch import read_spec, train_together
 from mome_utils.runs import Run, run_key, train_or_load
 from mome_utils.study import Study
 
@@ -73,7 +77,7 @@ def runs(tmp_path_factory):
     settings = [part for name, value in TINY.items() for part in ("--set", f"{name}={json.dumps(value)}")]
     done = launched(folder, "--profile", "smoke", "--languages", "en,py", *settings, *arguments)
     assert done.returncode == 0, done.stderr[-9000:]
-    found = {}
+    found: dict = {"study": study}
     for name, spec in specs.items():
         together = read_spec(files / f"{name}.json")
         assert f"{run_key(together)}: " in done.stdout
@@ -82,6 +86,16 @@ def runs(tmp_path_factory):
         found[name] = (train_or_load(spec, study.store, study.data()), Run(together, run_key(together), folder_of))
     assert len(done.stdout.splitlines()) == len(specs), "the main process alone reports"
     return found
+
+
+def test_the_main_process_makes_the_teacher_that_notebooks_find(runs, monkeypatch):
+    study = runs["study"]
+    monkeypatch.setenv("MOME_ARTIFACTS", str(study.store.root.parent))
+    settings = dict(profile="smoke", languages=["en", "py"])
+    told = Study.open("test", **settings, overrides=TINY | {"teacher_processes": 2}, quiet=True)
+    assert run_key(recipes.teacher_spec(told, 0)) == runs["teacher"][1].key
+    (line,) = train_together(settings | {"overrides": TINY}, seed=0)  # one process: the teacher of the other tests
+    assert line.startswith(f"{runs['teacher'][0].key}: ") and line.endswith("by 1 process.")
 
 
 @pytest.mark.parametrize("name", ["teacher", "adaptive", "norms", "released", "mixture"])
@@ -120,3 +134,48 @@ def test_what_cannot_be_shared_is_refused_in_a_sentence(runs):
         check_processes(2, 1)
     with pytest.raises(MomeError, match="belongs to 1 process, and 2 would train it.*alone"):
         check_processes(1, 2)
+
+
+def test_files_that_are_no_spec_of_this_study_are_refused(runs, tmp_path, monkeypatch):
+    study, spec = runs["study"], runs["teacher"][0].spec
+    monkeypatch.setenv("MOME_ARTIFACTS", str(study.store.root.parent))
+    assert read_spec(runs["adaptive"][0].folder / "manifest.json") == runs["adaptive"][0].spec
+    (tmp_path / "half.json").write_text('{"parameters": {"steps": 3}}', encoding="utf-8")
+    for name in ("absent.json", "half.json"):
+        with pytest.raises(MomeError, match="cannot be read as the spec of a run"):
+            read_spec(tmp_path / name)
+    other = tmp_path / "other.json"
+    settings = dict(profile="smoke", languages=["en", "py"], overrides=TINY)
+    for change, match in (({"data": "another"}, "of another data set"), ({"processes": 2}, "belongs to 2 processes")):
+        other.write_text(canonical_json(dataclasses.replace(spec, **change)), encoding="utf-8")
+        with pytest.raises(MomeError, match=match):
+            list(train_together(settings, files=[other]))
+
+
+@pytest.mark.parametrize("name", ["accelerate_fsdp", "accelerate_multinode"])
+def test_accelerate_reads_the_launch_configurations(name, monkeypatch):
+    file = ROOT / "mome_utils" / "configs" / f"{name}.yaml"
+    config = ClusterConfig.from_yaml_file(str(file))  # it refuses settings that it does not know
+    arguments, *_ = launch._validate_launch_command(
+        launch.launch_command_parser().parse_args(["--config_file", str(file), "-m", "mome_utils", "train"])
+    )
+    monkeypatch.setattr("accelerate.utils.launch.is_port_in_use", lambda port: False)
+    environment = prepare_multi_gpu_env(arguments)
+    assert environment["ACCELERATE_MIXED_PRECISION"] == "no"
+    if name == "accelerate_multinode":
+        assert (config.distributed_type, arguments.multi_gpu) == (DistributedType.MULTI_GPU, True)
+        assert (arguments.nnodes, arguments.nproc_per_node, arguments.node_rank) == ("2", "8", 0)
+        assert (arguments.rdzv_backend, arguments.rdzv_endpoint) == ("static", "127.0.0.1:29500")
+        return
+    assert (config.distributed_type, arguments.use_fsdp, arguments.nproc_per_node) == (DistributedType.FSDP, True, "8")
+    for key, value in environment.items():
+        if key.startswith(("FSDP_", "ACCELERATE_")):
+            monkeypatch.setenv(key, value)
+    plugin = FullyShardedDataParallelPlugin()  # as the launched processes make it
+    check_shards("gpt2", plugin)
+    assert plugin.transformer_cls_names_to_wrap == ["GPT2Block"] and plugin.reshard_after_forward is True
+    with pytest.raises(MomeError, match="A mixture is not trained in shards"):
+        check_shards("jeet", plugin)
+    plugin.fsdp_version = 1
+    with pytest.raises(MomeError, match="fsdp_version: 2"):
+        check_shards("gpt2", plugin)
