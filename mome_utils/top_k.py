@@ -64,29 +64,34 @@ class SparseCache:
         """What is stored, ``top_k`` or ``sampled``: the two top-k kinds read the same files."""
         return "sampled" if self.kind == "sampled" else "top_k"
 
-    def check(self, objective: Objective, vocabulary: int) -> None:
-        """Refuse what cannot be computed from this cache.
+    def refusal(self, objective: Objective, vocabulary: int) -> str:
+        """Why an objective cannot be computed from this cache; empty where it can.
 
-        Raises:
-            MomeError: for k above V where the k are distinct tokens, and for an objective that needs what the cache
-                does not hold.
+        ``k`` distinct tokens need a vocabulary as large, and an objective may need what the cache does not hold.
         """
         if self.kind != "sampled" and self.k > vocabulary:
-            raise MomeError(
-                f"The {self.k} most likely of {vocabulary} tokens cannot be kept: choose k up to {vocabulary}."
-            )
-        if self.kind == "truncated" and objective.divergence == "reverse_kl":
-            raise MomeError(
+            return f"The {self.k} most likely of {vocabulary} tokens cannot be kept: choose k up to {vocabulary}."
+        if self.kind == "truncated" and self.k < vocabulary and objective.divergence == "reverse_kl":
+            return (
                 "reverse_kl is infinite against a truncated teacher, which gives most tokens no probability: "
                 "choose the smoothed cache."
             )
-        if self.kind == "sampled" and (
-            objective.divergence not in ("soft_ce", "forward_kl") or objective.temperature != 1
-        ):
-            raise MomeError(
+        linear = objective.divergence in ("soft_ce", "forward_kl") and objective.temperature == 1
+        if self.kind == "sampled" and not linear:
+            return (
                 "A sampled teacher is unbiased only for losses that are linear in its probabilities: choose soft_ce "
                 "or forward_kl at temperature 1, or the smoothed cache."
             )
+        return ""
+
+    def check(self, objective: Objective, vocabulary: int) -> None:
+        """Refuse before any work starts.
+
+        Raises:
+            MomeError: the :meth:`refusal`.
+        """
+        if refusal := self.refusal(objective, vocabulary):
+            raise MomeError(refusal)
 
     def bytes_per_token(self, vocabulary: int) -> int:
         """Bytes that one position takes on disk."""
