@@ -192,8 +192,10 @@ class SparseHead:
         k, kind = self.cache.k, self.cache.kind
         indices = self._indices(rows if kind == "sampled" else rows[..., k:])
         if kind == "sampled":
-            share = torch.full(indices.shape, 1 / k, device=rows.device)
-            return share.new_zeros((*rows.shape[:-1], self.vocabulary)).scatter_add_(-1, indices, share).log_()
+            one = torch.ones(indices.shape, device=rows.device)
+            logits = one.new_zeros((*rows.shape[:-1], self.vocabulary)).scatter_add_(-1, indices, one)
+            drawn = logits.gather(-1, indices)  # how often: its logarithm is taken of k numbers, not of V
+            return logits.fill_(-math.inf).scatter_(-1, indices, drawn.div_(k).log_())
         log_probs = rows[..., :k].contiguous().view(torch.float16).float()
         others = self._others(log_probs) if kind == "smoothed" else log_probs.new_full((), -math.inf)
         logits = others.expand((*rows.shape[:-1], self.vocabulary)).contiguous()
