@@ -206,7 +206,9 @@ def study(tmp_path_factory):
 def fixed(study, cache, divergence="soft_ce"):
     spec = recipes.student_spec(study, "en", "fixed", 0)
     goal = dataclasses.replace(spec.objective, divergence=divergence)
-    return dataclasses.replace(spec, cache=cache, objective=goal, snapshots=())
+    return dataclasses.replace(
+        spec, cache=cache, objective=goal, snapshots=(), steps=15, evaluations=1, learning_rate=0.01
+    )
 
 
 def test_a_run_from_all_tokens_is_the_run_from_the_states(study):
@@ -255,7 +257,7 @@ def test_a_teacher_of_another_library_needs_no_run(study):
     assert sum(asked) == len(data.block_array("train", "en"))
     assert store_sparse(study.store, data, "an API", "en", cache, api) == folder
     assert sum(asked) == len(data.block_array("train", "en")), "it is asked once"
-    spec = dataclasses.replace(fixed(study, cache), teacher="an API", learning_rate=0.01)
+    spec = dataclasses.replace(fixed(study, cache), teacher="an API")
     run = study.runs([spec])[0]
     p = run.model()(torch.from_numpy(data.block_array("validation", "en")[:2].astype(np.int64))).logits.softmax(-1)
     before = 1 / len(data.tokenizer)
