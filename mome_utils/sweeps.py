@@ -3,7 +3,7 @@
 On this machine the processes are joblib's own. ``joblib.parallel_config`` takes the same sweep elsewhere; for a
 cluster that runs Dask, whose workers see the study's folder of artifacts::
 
-    from dask.distributed import Client
+    from distributed import Client
     with Client("scheduler:8786"), joblib.parallel_config("dask"):
         study.runs(specs)
 

@@ -1,4 +1,4 @@
-"""The study's own sweep on a Dask cluster and in processes: the same files as alone, one display, a log for each run."""
+"""The study's own sweep on a Dask cluster: the same files as alone, one display, and a log for each run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import joblib
 import pytest
-from dask.distributed import Client, LocalCluster
+from distributed import Client, LocalCluster
 
 from mome_utils import display, recipes, sweeps
 from mome_utils.artifacts import file_digest
