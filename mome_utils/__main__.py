@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -173,12 +173,16 @@ def _publish(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from mome_utils.bench import run_benchmark, table
+    from mome_utils.bench import run_benchmark, sentence, table
     from mome_utils.study import project_root
 
     root = project_root()
     out = options.out or root / "data" / "benchmarks" / f"{options.name}.json"
-    print(table(run_benchmark(options.name, out, root=root, rounds=options.rounds)))
+
+    def tell(row: Mapping[str, Any]) -> None:  # the table comes at the end; this is to know how far it is
+        print(sentence(row), file=sys.stderr, flush=True)
+
+    print(table(run_benchmark(options.name, out, tell=tell, root=root, rounds=options.rounds)))
     return 0
 
 
@@ -283,7 +287,8 @@ def parser() -> argparse.ArgumentParser:
     publish.set_defaults(command=_publish)
 
     bench = commands.add_parser("bench", help="time a part of the package, and say what it needs")
-    bench.add_argument("name", metavar="NAME", help="which benchmark: router, moe, similarity, kd, ce, large or sweep")
+    bench.add_argument("name", metavar="NAME", help="which benchmark: router, moe, similarity, kd, ce, large, sweep, "
+                                                    "dataset or generate")
     bench.add_argument("--rounds", type=int, default=7, metavar="N",
                        help="how often each is timed, in turn (default: %(default)d)")
     bench.add_argument("--out", type=Path, metavar="FILE", help="JSON to write (default: data/benchmarks/NAME.json)")

@@ -115,7 +115,7 @@ def test_numbers_of_a_table_stand_below_each_other():
 
 def test_wrong_requests_get_one_sentence(tmp_path, capsys):
     assert main(["bench", "rooter", "--out", str(tmp_path / "x.json")]) == 2
-    names = "router, moe, similarity, kd, ce, large, sweep"
+    names = "router, moe, similarity, kd, ce, large, sweep, dataset, generate"
     assert capsys.readouterr().err == f"mome: There is no benchmark 'rooter': choose one of {names}.\n"
     assert main(["bench", "router", "--rounds", "0", "--out", str(tmp_path / "x.json")]) == 2
     assert "one round or more" in capsys.readouterr().err
