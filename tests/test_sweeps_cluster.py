@@ -59,11 +59,10 @@ def test_a_cluster_makes_what_runs_make_alone_and_one_line_tells_how_far_it_is(t
     monkeypatch.setattr(display.DisplayHandle, "display", lambda handle, what, **_: shown.append(what.data))
     monkeypatch.setattr(display.DisplayHandle, "update", lambda handle, what, **_: shown.append(what.data))
     with two_workers():
-        here = Path.cwd()
         runs = swept(tmp_path / "cluster", monkeypatch, jobs=1)
-        assert Path.cwd() == here
     expected = files(alone)
-    assert len(expected) >= 3 * 2 + 2 and files(runs) == expected
+    assert len(expected) == 3 * 2 + 2 and files(runs) == expected
+    assert [run.key for run in runs] == [run.key for run in alone] and all((run.folder / LOG).is_file() for run in runs)
     assert shown[0] == "*2 runs to train.*" and "*2 runs trained.*" in shown and shown[-1] == "*1 runs trained.*"
 
 
