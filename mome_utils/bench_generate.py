@@ -28,6 +28,7 @@ from mome_utils.corpus import load_corpus
 from mome_utils.memory import keep_freed_memory
 from mome_utils.moe import MomeForCausalLM, build_mome
 from mome_utils.router_fit import from_sklearn, words
+from mome_utils.sweeps import quiet
 from mome_utils.tokenization import encode, train_tokenizer
 
 __all__ = ["generate"]
@@ -75,6 +76,7 @@ def generate(
         raise MomeError("A benchmark of generation needs one round, one prompt and one new token or more.")
     if block < 2 * new_tokens:
         raise MomeError(f"A block of {block} tokens has no room for {new_tokens} new ones behind prompts as long.")
+    quiet()
     keep_freed_memory()
     asked, fitted, languages = _texts(root, topics, vocabulary, max(prompts), block - new_tokens)
     pipeline = make_pipeline(TfidfVectorizer(), LogisticRegression(max_iter=1000))
