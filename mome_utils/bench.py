@@ -285,10 +285,17 @@ def generate(**options: Any) -> Iterator[dict[str, Any]]:
     return measured(**options)
 
 
+def gpu(**options: Any) -> list[dict[str, Any]]:
+    """Training at the sizes of the profile ``gpu``, on one: see :func:`mome_utils.bench_gpu.gpu`."""
+    from mome_utils import bench_gpu
+
+    return bench_gpu.gpu(**options)
+
+
 #: Name to function; each takes ``root``, the project's folder, and ``rounds``, and gives rows.
 BENCHMARKS: Mapping[str, Callable[..., Iterable[dict[str, Any]]]] = MappingProxyType({
     "router": router, "moe": moe, "similarity": similarity, "kd": kd, "ce": ce, "large": large, "sweep": sweep,
-    "dataset": dataset, "generate": generate,
+    "dataset": dataset, "generate": generate, "gpu": gpu,
 })
 
 
