@@ -35,6 +35,7 @@ from mome_utils.artifacts import (
 from mome_utils.config import MomeError
 from mome_utils.dataset import StudyData
 from mome_utils.kd_training import KDTrainer
+from mome_utils.run_log import RunLog
 from mome_utils.schedules import schedule
 from mome_utils.top_k import SparseCache, SparseHead, checked, encode, pack
 from mome_utils.training import (
@@ -278,16 +279,17 @@ def train_or_load(spec: TrainSpec, store: Store, data: StudyData) -> Run:
             return Run(spec, key, folder)
     except DamagedArtifact:
         shutil.rmtree(store.path(STAGE, key))  # a damaged run is made again
-    with torch_threads(spec.threads):
-        _train(spec, key, store, data)
+    work = store.root / STAGE / f"{key}.unfinished"
+    with torch_threads(spec.threads), RunLog(work, f"seed {spec.seed}, {spec.dtype}, threads: {spec.threads}") as log:
+        _train(spec, key, store, data, log)
     return Run(spec, key, store.path(STAGE, key))
 
 
-def _train(spec: TrainSpec, key: str, store: Store, data: StudyData) -> None:
-    work = store.root / STAGE / f"{key}.unfinished"
-    work.mkdir(parents=True, exist_ok=True)
+def _train(spec: TrainSpec, key: str, store: Store, data: StudyData, log: RunLog) -> None:
+    work = log.folder
     started = time.monotonic()
     trainer = _trainer(spec, work, store, data)
+    trainer.add_callback(log)
     checkpoint = sound_checkpoint(work)
     if checkpoint is not None:
         trainer.restore(checkpoint)
@@ -300,6 +302,7 @@ def _train(spec: TrainSpec, key: str, store: Store, data: StudyData) -> None:
     inputs = {"data": spec.data} | ({"teacher": spec.teacher} if spec.teacher else {})
     with store.create(STAGE, key, inputs=inputs, parameters=spec, modules=run_modules(spec)) as result:
         save_model(trainer.network, result.folder)
+        log.keep(result.folder)
         history.to_parquet(result.folder / "history.parquet", index=False)
         if (work / "snapshots").is_dir():
             shutil.copytree(work / "snapshots", result.folder / "snapshots")
