@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +182,7 @@ def _publish(options: argparse.Namespace) -> int:
 
 def _bench(options: argparse.Namespace) -> int:
     from mome_utils.artifacts import write_atomic
-    from mome_utils.bench import run_benchmark, table
+    from mome_utils.bench import run_benchmark, sentence, table
     from mome_utils.performance import performance_block, with_performance
     from mome_utils.study import project_root
 
@@ -190,7 +190,11 @@ def _bench(options: argparse.Namespace) -> int:
     if name is None or (name == "gpu") != (options.device == "cuda"):
         raise MomeError("Name a benchmark for the processor (see mome bench --help), or ask for --device cuda alone.")
     out = options.out or root / "data" / "benchmarks" / f"{name}.json"
-    print(table(run_benchmark(name, out, root=root, rounds=options.rounds)))
+
+    def tell(row: Mapping[str, Any]) -> None:  # the table comes at the end; this is to know how far it is
+        print(sentence(row), file=sys.stderr, flush=True)
+
+    print(table(run_benchmark(name, out, tell=tell, root=root, rounds=options.rounds)))
     readme = root / "README.md"
     if options.out is None and readme.is_file():
         write_atomic(readme, with_performance(readme.read_text(encoding="utf-8"), performance_block(root)))
@@ -309,7 +313,7 @@ def parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser("bench", help="time a part of the package, and say what it needs")
     bench.add_argument("name", metavar="NAME", nargs="?",
-                       help="which benchmark: router, moe, similarity, kd, ce, large or sweep")
+                       help="which benchmark: router, moe, similarity, kd, ce, large, sweep, dataset or generate")
     bench.add_argument("--device", choices=("cpu", "cuda"), default="cpu",
                        help="cuda: teacher, distillation and dispatch at the sizes of the profile gpu, on one GPU")
     bench.add_argument("--rounds", type=int, default=7, metavar="N",

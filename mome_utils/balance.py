@@ -29,6 +29,8 @@ SPLITS = ("train", "validation", "test")
 #: Memory of the exact search, in bits: documents varied times tokens they hold.
 SEARCH_BITS = 25 * 10**7
 CountTokens = Callable[[Sequence[str]], list[int]]
+#: Texts and, for each, lengths in characters -> tokens of each prefix.
+CountPrefixes = Callable[[Sequence[str], Sequence[Sequence[int]]], list[list[int]]]
 
 _TRAILING_BLANK = re.compile(r"\n\s*\Z")
 
@@ -124,6 +126,7 @@ def balance(
     *,
     common: bool,
     seed: int,
+    count_prefixes: CountPrefixes | None = None,
 ) -> list[Document]:
     """Bring every language within p = `max_diff_percent` of the smallest: max <= (1 + p/100) * min, in
     tokens.
@@ -138,6 +141,7 @@ def balance(
         leaves texts whole and chooses documents of the larger languages in a seeded order, each taken if it
         still fits.
     seed : for the order in which documents are chosen.
+    count_prefixes : the same as `count_tokens` of the prefixes, where there is a faster way.
 
     Returns
     -------
@@ -154,7 +158,7 @@ def balance(
         raise BalanceError("Balancing needs documents of at least 2 languages in every split; add documents.")
     if common:
         documents = common_only(documents)
-    languages = _languages(documents, count_tokens, common=common)
+    languages = _languages(documents, count_tokens, count_prefixes if common else None, common=common)
     floor = min(language.total for language in languages.values())
     cap = _cap(floor, max_diff_percent)
     for language in languages.values():
@@ -211,19 +215,23 @@ class _Language:
 
 
 def _languages(
-    documents: Sequence[Document], count_tokens: CountTokens, *, common: bool
+    documents: Sequence[Document], count_tokens: CountTokens, count_prefixes: CountPrefixes | None, *, common: bool
 ) -> dict[str, _Language]:
     """The choices of each language, all documents whole."""
     result = {}
     for code in dict.fromkeys(d.language for d in documents):
         mine = [d for d in documents if d.language == code]
-        whole = count_tokens([d.text for d in mine])
         if not common:
+            whole = count_tokens([d.text for d in mine])
             result[code] = _Language(mine, [[0, n] for n in whole], None, [1] * len(mine))
             continue
         pieces = [units(d.text, code) for d in mine]
-        prefixes = iter(count_tokens([_prefix(p, k) for p in pieces for k in range(1, len(p))]))
-        sizes = [[*(next(prefixes) for _ in p[1:]), n] for p, n in zip(pieces, whole, strict=True)]
+        ends = [_prefix_lengths(p) for p in pieces]
+        if count_prefixes is not None:
+            sizes = count_prefixes([d.text for d in mine], ends)
+        else:
+            counted = iter(count_tokens([d.text[:end] for d, own in zip(mine, ends, strict=True) for end in own]))
+            sizes = [[next(counted) for _ in own] for own in ends]
         result[code] = _Language(mine, sizes, pieces, [len(p) - 1 for p in pieces])
     return result
 
@@ -238,9 +246,17 @@ def prefix_lengths(text: str, language: str) -> list[int]:
     """Lengths in characters of the prefixes of a text that end with a unit; a cut document has one of
     them.
     """
-    pieces = units(text, language)
-    lengths = list(accumulate(len(p) for p in pieces))
-    return [len(_prefix(pieces, k)) for k in range(1, len(pieces))] + lengths[-1:]
+    return _prefix_lengths(units(text, language))
+
+
+def _prefix_lengths(pieces: Sequence[str]) -> list[int]:
+    """Characters of `_prefix(pieces, k)` for k = 1 …"""
+    text, found = "".join(pieces), []
+    for end in list(accumulate(map(len, pieces)))[:-1]:
+        written = len(text[:end].rstrip())
+        line = text.find("\n", written, end)
+        found.append(end if line < 0 else line + 1)
+    return [*found, len(text)]
 
 
 def _cut_longest(language: _Language, floor: int, cap: float) -> None:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["Point", "grid", "run_batch"]
 
 #: Stages whose results are named by all that decides them, so that any point may use what another has made.
-SHARED = ("dataset", "router", "runs", "scores", "teacher_states")
+SHARED = ("dataset", "router", "runs", "scores", "teacher_states", "teacher_top_k")
 _REQUEST = ("profile", "corpus", "languages", "seeds", "arms")
 _PROFILE = tuple(field.name for field in dataclasses.fields(Profile) if field.name not in ("name", "seeds"))
 #: What a point can be; :func:`run_batch` says which.

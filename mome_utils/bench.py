@@ -4,7 +4,8 @@ Two ways to do the same work are timed in turn, A B A B …, in one process: a m
 and each round gives one ratio. A benchmark first checks that both give the same result, then returns one row per
 setting; :func:`run_benchmark` adds what machine it ran on. Times are not tests: nothing fails because it is slow.
 
-A benchmark is a function that takes ``root`` and ``rounds`` and returns rows; :data:`BENCHMARKS` names it.
+A benchmark is a function that takes ``root`` and ``rounds`` and returns rows, or gives them one by one where it takes
+long; :data:`BENCHMARKS` names it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -35,7 +36,8 @@ from mome_utils.routing import TokenRouter
 from mome_utils.tokenization import encode, train_tokenizer
 
 __all__ = [
-    "BENCHMARKS", "Alternation", "alternate", "machine", "moe", "one_thread", "router", "run_benchmark", "table",
+    "BENCHMARKS", "Alternation", "alternate", "machine", "moe", "one_thread", "router", "run_benchmark",
+    "sentence", "table",
 ]
 
 @dataclass(frozen=True)
@@ -227,7 +229,7 @@ def _checked_difference(published: Pipeline, compiled: TokenRouter, batch: torch
     return difference
 
 
-def moe(**options: Any) -> list[dict[str, Any]]:
+def moe(**options: Any) -> Iterator[dict[str, Any]]:
     """Mixed batches and routed tokens next to plain ones: see :func:`mome_utils.bench_moe.moe`."""
     from mome_utils import bench_moe  # it stands on this module
 
@@ -269,6 +271,20 @@ def sweep(**options: Any) -> list[dict[str, Any]]:
     return bench_sweep.sweep(**options)
 
 
+def dataset(**options: Any) -> Iterator[dict[str, Any]]:
+    """Making the data set next to a textbook's way: :func:`mome_utils.bench_dataset.dataset`."""
+    from mome_utils.bench_dataset import dataset as measured
+
+    return measured(**options)
+
+
+def generate(**options: Any) -> Iterator[dict[str, Any]]:
+    """Texts of several languages in a batch next to one by one: :func:`mome_utils.bench_generate.generate`."""
+    from mome_utils.bench_generate import generate as measured
+
+    return measured(**options)
+
+
 def gpu(**options: Any) -> list[dict[str, Any]]:
     """Training at the sizes of the profile ``gpu``, on one: see :func:`mome_utils.bench_gpu.gpu`."""
     from mome_utils import bench_gpu
@@ -276,18 +292,21 @@ def gpu(**options: Any) -> list[dict[str, Any]]:
     return bench_gpu.gpu(**options)
 
 
-#: Name to function; each takes ``root``, the project's folder, and ``rounds``, and returns rows.
-BENCHMARKS: Mapping[str, Callable[..., list[dict[str, Any]]]] = MappingProxyType({
+#: Name to function; each takes ``root``, the project's folder, and ``rounds``, and gives rows.
+BENCHMARKS: Mapping[str, Callable[..., Iterable[dict[str, Any]]]] = MappingProxyType({
     "router": router, "moe": moe, "similarity": similarity, "kd": kd, "ce": ce, "large": large, "sweep": sweep,
-    "gpu": gpu,
+    "dataset": dataset, "generate": generate, "gpu": gpu,
 })
 
 
-def run_benchmark(name: str, out: Path, **options: Any) -> list[dict[str, Any]]:
+def run_benchmark(
+    name: str, out: Path, *, tell: Callable[[Mapping[str, Any]], object] | None = None, **options: Any
+) -> list[dict[str, Any]]:
     """Run a benchmark and write its rows, with the machine, as JSON.
 
     Args:
         name: one of :data:`BENCHMARKS`. out: the file to write. options: passed to the benchmark.
+        tell: called with each row as soon as it is measured, by a benchmark that gives them one by one.
 
     Returns:
         Its rows.
@@ -299,7 +318,11 @@ def run_benchmark(name: str, out: Path, **options: Any) -> list[dict[str, Any]]:
         raise MomeError(f"There is no benchmark '{name}': choose one of {', '.join(BENCHMARKS)}.")
     if out.is_dir():
         raise MomeError(f"'{out}' is a folder: name a file to write the benchmark to.")
-    rows = BENCHMARKS[name](**options)
+    rows, given = [], BENCHMARKS[name](**options)
+    for row in given:
+        rows.append(row)
+        if tell is not None and isinstance(given, Iterator):
+            tell(row)
     rounded = [{key: _short(value) for key, value in row.items()} for row in rows]
     content = {"benchmark": name, "machine": machine(), "rows": rounded}
     write_atomic(out, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
@@ -308,12 +331,19 @@ def run_benchmark(name: str, out: Path, **options: Any) -> list[dict[str, Any]]:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows with the same keys as a table of text, numbers right-aligned."""
-    cells = [[name.replace("_", " ") for name in rows[0]]]
-    cells += [[f"{_short(value):,}" if isinstance(value, int | float) else str(value) for value in row.values()]
-              for row in rows]
+    cells = [[name.replace("_", " ") for name in rows[0]], *([_cell(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
     return "\n".join(line.rstrip() for line in lines)
+
+
+def sentence(row: Mapping[str, Any]) -> str:
+    """One row in one line, its names with it."""
+    return ", ".join(f"{name.replace('_', ' ')} {_cell(value)}" for name, value in row.items())
+
+
+def _cell(value: Any) -> str:
+    return f"{_short(value):,}" if isinstance(value, int | float) else str(value)
 
 
 def _short(value: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from mome_utils.moe import Expert, MomeForCausalLM, build_mome
 from mome_utils.moe_config import VARIANTS
 from mome_utils.router_fit import fit_router
 
-__all__ = ["PLAIN", "SIZES", "moe"]
+__all__ = ["PLAIN", "SIZES", "expert_alone", "moe"]
 
 #: The variant without experts, whose large batch is compared with its small ones.
 PLAIN = "none"
@@ -42,7 +42,7 @@ def moe(
     variants: Sequence[str] = (PLAIN, *VARIANTS),
     least_seconds: float = 0.2,
     seed: int = 0,
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """A mixed batch against one-language batches, and a generated token against that of a model without routing.
 
     Three kinds of work for each variant: ``forward`` and ``training`` (forward, loss and backward) of a batch of
@@ -63,6 +63,7 @@ def moe(
         least_seconds: see `alternate`. seed: of weights and texts.
 
     Returns:
+        Rows, each as soon as it is measured.
         For each work: milliseconds of both (medians over the rounds; per generated token for ``token``), their ratio
         (median, lowest and highest round), and the largest difference between their logits.
 
@@ -75,7 +76,13 @@ def moe(
         raise MomeError(f"The batch needs a multiple of {len(LANGUAGES)} sequences, not {sequences}.")
     timed = partial(alternate, rounds=rounds, least_seconds=least_seconds, clock=time.process_time)
     keep_freed_memory()
-    rows = []
+    return _rows(timed, rounds, sizes, sequences, new_tokens, variants, seed)
+
+
+def _rows(
+    timed: _Timed, rounds: int, sizes: Sequence[tuple[Shape, int, int]], sequences: int, new_tokens: int,
+    variants: Sequence[str], seed: int,
+) -> Iterator[dict[str, Any]]:
     for shape, vocabulary, block in sizes:
         texts = _texts(vocabulary, block, sequences // len(LANGUAGES), seed)
         order = torch.randperm(sequences, generator=torch.Generator().manual_seed(seed))
@@ -84,26 +91,27 @@ def moe(
                 build_gpt2(shape, vocab_size=vocabulary, block_size=block, seed=seed, bos=BOS, eos=EOS).eval()
                 if variant == PLAIN else _mixture(variant, shape, vocabulary, block, texts, seed)
             )
-            with one_thread():
-                works = {
-                    "forward": _forward(model, texts, order, timed),
-                    "training": _training(model, texts, order, timed),
-                }
-                prompt = texts[0][:1, : block - new_tokens]
-                if variant != PLAIN:
-                    works["token"] = _token(model, _alone(model, shape, seed), prompt, new_tokens, timed)
-                if variant != PLAIN and model.common is not None:
-                    one = _alone(model, shape, seed, common=False)
-                    works["token, one expert"] = _token(model, one, prompt, new_tokens, timed)
-            for work, (times, difference, count) in works.items():
+            prompt = texts[0][:1, : block - new_tokens]
+            works: dict[str, Callable[[], _Work]] = {
+                "forward": partial(_forward, model, texts, order, timed),
+                "training": partial(_training, model, texts, order, timed),
+            }
+            if variant != PLAIN:
+                plain = expert_alone(model, shape, seed)
+                works["token"] = partial(_token, model, plain, prompt, new_tokens, timed)
+            if variant != PLAIN and model.common is not None:
+                plain = expert_alone(model, shape, seed, common=False)
+                works["token, one expert"] = partial(_token, model, plain, prompt, new_tokens, timed)
+            for work, measure in works.items():
+                with one_thread():
+                    times, difference, count = measure()
                 first, second = (1000 / count * float(np.median(seconds)) for seconds in (times.first, times.second))
-                rows.append({
+                yield {
                     "variant": variant, "layers": shape.layers, "width": shape.width, "vocabulary": vocabulary,
                     "work": work, "moe_ms": first, "without_ms": second, "ratio": float(np.median(times.ratios)),
                     "lowest": min(times.ratios), "highest": max(times.ratios), "difference": difference,
                     "rounds": rounds,
-                })
-    return rows
+                }
 
 
 _Timed = Callable[[Callable[[], object], Callable[[], object]], Alternation]
@@ -197,15 +205,23 @@ def _token(model: MomeForCausalLM, plain: Any, prompt: Tensor, count: int, timed
     return timed(routed, alone), difference, count
 
 
-def _alone(model: MomeForCausalLM, shape: Shape, seed: int, common: bool = True) -> GPT2LMHeadModel:
-    """The first language's expert as a plain GPT-2; with MoE-CE's ``common`` one the blocks of both in a row."""
+def expert_alone(
+    model: MomeForCausalLM, shape: Shape, seed: int, *, place: int = 0, common: bool = True
+) -> GPT2LMHeadModel:
+    """An expert as a plain GPT-2; with MoE-CE's ``common`` one the blocks of both in a row.
+
+    Args:
+        model: the mixture. shape: of one expert. seed: of a network that is then overwritten.
+        place: which expert.
+        common: add the common expert's blocks, where there is one.
+    """
     gpt2 = model.config.gpt2
     layers = shape.layers * (2 if common and model.common is not None else 1)
     plain = build_gpt2(
         Shape(layers, shape.width, shape.heads), vocab_size=gpt2.vocab_size, block_size=gpt2.n_positions, seed=seed,
         bos=BOS, eos=EOS,
     ).eval()
-    expert = model.experts[0]
+    expert = model.experts[place]
     if isinstance(expert, GPT2LMHeadModel):
         plain.load_state_dict(expert.state_dict())
         return plain

@@ -29,6 +29,7 @@ from mome_utils.continual_methods import METHODS, Pull, fisher_diagonal, flat_li
 from mome_utils.dataset import StudyData
 from mome_utils.distillation import shifted_divergence
 from mome_utils.models import shifted_ce
+from mome_utils.run_log import RunLog
 from mome_utils.schedules import schedule
 from mome_utils.training import (
     LMTrainer,
@@ -144,8 +145,10 @@ def train_or_load(spec: TrainSpec, store: Store, data: StudyData) -> runs.Run:
             return runs.Run(spec, key, folder)
     except DamagedArtifact:
         shutil.rmtree(store.path(runs.STAGE, key))  # a damaged run is made again
-    with runs.torch_threads(spec.threads):
-        _train(spec, key, store, data)
+    work = store.root / runs.STAGE / f"{key}.unfinished"
+    about = f"{spec.method}, seed {spec.seed}, {spec.dtype}, threads: {spec.threads}"
+    with runs.torch_threads(spec.threads), RunLog(work, about) as log:
+        _train(spec, key, store, data, log)
     return runs.Run(spec, key, store.path(runs.STAGE, key))
 
 
@@ -253,11 +256,11 @@ class ContinualTrainer(LMTrainer):
         return (loss, logits) if return_outputs else loss
 
 
-def _train(spec: ContinualSpec, key: str, store: Store, data: StudyData) -> None:
-    work = store.root / runs.STAGE / f"{key}.unfinished"
-    work.mkdir(parents=True, exist_ok=True)
+def _train(spec: ContinualSpec, key: str, store: Store, data: StudyData, log: RunLog) -> None:
+    work = log.folder
     started = time.monotonic()
     trainer = _trainer(spec, work, store, data)
+    trainer.add_callback(log)
     checkpoint = sound_checkpoint(work)
     if checkpoint is not None:
         trainer.restore(checkpoint)
@@ -269,6 +272,7 @@ def _train(spec: ContinualSpec, key: str, store: Store, data: StudyData) -> None
     inputs = {"data": spec.data} | ({"start": spec.start} if spec.start else {})
     with store.create(runs.STAGE, key, inputs=inputs, parameters=spec, modules=run_modules(spec)) as result:
         save_model(trainer.network, result.folder)
+        log.keep(result.folder)
         history.to_parquet(result.folder / "history.parquet", index=False)
         shutil.copytree(work / "snapshots", result.folder / "snapshots")
         result.metrics.update(

@@ -12,7 +12,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import numpy as np
 import pandas as pd
 import pyarrow
 import pyarrow.parquet
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from transformers import PreTrainedTokenizerFast
 
 from mome_utils.artifacts import digest, write_atomic, write_folder_atomic
@@ -38,7 +37,7 @@ from mome_utils.config import Profile
 from mome_utils.corpus import Corpus, Document
 from mome_utils.duplicates import near_duplicates
 from mome_utils.study_data import DataError, StudyData
-from mome_utils.tokenization import encode, token_counts, train_tokenizer
+from mome_utils.tokenization import TokenReader, encode, train_tokenizer
 
 __all__ = [
     "DataError",
@@ -48,6 +47,7 @@ __all__ = [
     "build_dataset",
     "near_duplicates",
     "pack",
+    "pack_all",
     "prepare",
     "split_topics",
 ]
@@ -61,6 +61,7 @@ class Prepared:
     """Documents by split before and after balancing, and the tokenizer: what the data set is packed from."""
 
     tokenizer: PreTrainedTokenizerFast
+    reader: TokenReader
     before: Mapping[str, Sequence[Document]]
     after: Mapping[str, Sequence[Document]]
     languages: tuple[str, ...]
@@ -68,7 +69,11 @@ class Prepared:
     def tokens(self, which: Mapping[str, Sequence[Document]]) -> dict[str, dict[str, int]]:
         """Split -> language -> tokens, `<s>` and `</s>` of every document included."""
         return {
-            split: _totals(documents, self.tokenizer, self.languages) for split, documents in which.items()
+            split: {
+                code: sum(self.reader.counts([d.text for d in documents if d.language == code]))
+                for code in self.languages
+            }
+            for split, documents in which.items()
         }
 
 
@@ -81,8 +86,11 @@ def prepare(
     validation_fraction: float = 0.1,
     test_fraction: float = 0.1,
     seed: int = DATA_SEED,
+    tokenizer: PreTrainedTokenizerFast | None = None,
 ) -> Prepared:
     """Split by topic, train the tokenizer on the training split, balance each split in its tokens.
+
+    `tokenizer` is used instead of a trained one where it is given.
 
     With `common`, topics that lack a language are left out at the very start. Raises `BalanceError`,
     `SplitError` or `DataError` (a split without documents of some language).
@@ -98,13 +106,17 @@ def prepare(
             raise DataError(
                 f"The {split} split has no document of {', '.join(missing)}; add documents of that language."
             )
-    tokenizer = train_tokenizer((d.text for d in before["train"]), vocab_size)
-    count = partial(token_counts, tokenizer)
+    if tokenizer is None:
+        tokenizer = train_tokenizer((d.text for d in before["train"]), vocab_size)
+    reader = TokenReader(tokenizer)
     after = {
-        split: balance(members, count, max_diff_percent, common=common, seed=seed)
+        split: balance(
+            members, reader.counts, max_diff_percent, common=common, seed=seed,
+            count_prefixes=reader.prefix_counts,
+        )
         for split, members in before.items()
     }
-    return Prepared(tokenizer, before, after, corpus.languages)
+    return Prepared(tokenizer, reader, before, after, corpus.languages)
 
 
 def pack(
@@ -117,11 +129,17 @@ def pack(
     (int32 [blocks, block_size], the ids of the documents that each block touches, in order). The last block
     is dropped when it is not full.
     """
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    streams = [[bos, *ids, eos] for ids in encode(tokenizer, [d.text for d in documents])]
-    lengths = [len(stream) for stream in streams]
-    owner = np.repeat(np.arange(len(documents)), lengths)
-    flat = np.fromiter((token for stream in streams for token in stream), dtype=np.int32, count=sum(lengths))
+    return _blocks(documents, encode(tokenizer, [d.text for d in documents]), tokenizer, block_size)
+
+
+def _blocks(
+    documents: Sequence[Document], ids: Sequence[ArrayLike], tokenizer: PreTrainedTokenizerFast, block_size: int
+) -> tuple[NDArray[np.int32], list[list[str]]]:
+    """`pack` of documents whose token ids are known."""
+    bos, eos = ([token] for token in (tokenizer.bos_token_id, tokenizer.eos_token_id))
+    streams = [np.concatenate([bos, own, eos]).astype(np.int32) for own in ids]
+    owner = np.repeat(np.arange(len(documents)), [len(stream) for stream in streams])
+    flat = np.concatenate([np.empty(0, dtype=np.int32), *streams])
     count = len(flat) // block_size
     blocks = flat[: count * block_size].reshape(count, block_size)
     owners = owner[: count * block_size].reshape(count, block_size)
@@ -157,7 +175,7 @@ def build_dataset(corpus: Corpus, profile: Profile, out: Path) -> None:
         validation_fraction=profile.validation_fraction,
         test_fraction=profile.test_fraction,
     )
-    packed = _pack_all(made, profile.block_size)
+    packed = pack_all(made, profile.block_size)
     hashes = {
         f"{split}/{code}": hashlib.sha256(blocks.astype("<i4").tobytes()).hexdigest()
         for (split, code), (blocks, _) in packed.items()
@@ -195,24 +213,18 @@ def build_dataset(corpus: Corpus, profile: Profile, out: Path) -> None:
 # --- parts of build_dataset ---
 
 
-def _totals(
-    documents: Sequence[Document], tokenizer: PreTrainedTokenizerFast, languages: Sequence[str]
-) -> dict[str, int]:
-    return {
-        code: sum(token_counts(tokenizer, [d.text for d in documents if d.language == code]))
-        for code in languages
-    }
-
-
-def _pack_all(
+def pack_all(
     made: Prepared, block_size: int
 ) -> dict[tuple[str, str], tuple[NDArray[np.int32], list[list[str]]]]:
+    """The blocks of every split and language, documents in an order drawn from the seed: see `pack`."""
     packed = {}
     for split, documents in made.after.items():
         for code in made.languages:
             mine = {d.id: d for d in documents if d.language == code}
             order = seeded_order(mine, DATA_SEED, f"pack {code}")
-            packed[split, code] = pack([mine[key] for key in order], made.tokenizer, block_size)
+            chosen = [mine[key] for key in order]
+            ids = made.reader.ids([d.text for d in chosen])
+            packed[split, code] = _blocks(chosen, ids, made.tokenizer, block_size)
             if not len(packed[split, code][0]):
                 raise DataError(
                     f"The {split} split of {code!r} holds less than one block of {block_size} tokens; "
@@ -224,7 +236,7 @@ def _pack_all(
 def _documents_table(made: Prepared) -> pd.DataFrame:
     rows = []
     for split, documents in made.after.items():
-        counts = token_counts(made.tokenizer, [d.text for d in documents])
+        counts = made.reader.counts([d.text for d in documents])
         rows += [
             (d.id, d.language, d.group, d.title, d.text, split, tokens)
             for d, tokens in zip(documents, counts, strict=True)

@@ -31,7 +31,7 @@ from mome_utils.distillation import Objective
 from mome_utils.divergences import DIVERGENCES, log_probabilities, teacher_side
 from mome_utils.models import IGNORED, next_tokens
 
-__all__ = ["CHUNK", "KEPT", "FusedLosses", "Weigh", "covers", "fused_ce", "fused_losses"]
+__all__ = ["CHUNK", "KEPT", "FusedLosses", "Head", "Weigh", "covers", "fused_ce", "fused_losses"]
 
 #: Logits of a chunk on a processor (on a GPU 128 times as many), as near as its rows allow, and the fewest rows:
 #: products of fewer are slow.
@@ -41,6 +41,8 @@ KEPT = 2**22
 
 Weigh = Callable[[Sequence[float], Sequence[float], Sequence[Sequence[float]]], Sequence[tuple[float, float]]]
 """(L_LM [m], L_KD [m], both norms of each micro-batch's gradients [m, 2]) → (α, β) [m]."""
+Head = Tensor | Callable[[Tensor], Tensor]
+"""What makes the teacher's logits: its output matrix [V, D], or a function of rows, [r, D] → [r, V]."""
 
 
 def covers(objective: Objective) -> bool:
@@ -157,7 +159,7 @@ def fused_ce(hidden: Tensor, weight: Tensor, input_ids: Tensor, *, dtype: torch.
 
 
 def fused_losses(
-    objective: Objective, hidden: Tensor, weight: Tensor, states: Tensor | None, head: Tensor | None, input_ids: Tensor,
+    objective: Objective, hidden: Tensor, weight: Tensor, states: Tensor | None, head: Head | None, input_ids: Tensor,
     needs: Sequence[tuple[bool, bool]], weights: Sequence[tuple[float, float]] | Weigh, *,
     dtype: torch.dtype | None = None, norms: bool = False,
 ) -> FusedLosses:
@@ -169,7 +171,8 @@ def fused_losses(
         objective: one that :func:`covers`; ``m`` micro-batches of ``B / m`` sequences each.
         hidden: [B, T, H], the student's last hidden states. weight: [V, H], its output matrix.
         states: [K, T, D], the teacher's last hidden states of the sequences whose micro-batches need L_KD, in order;
-            ``None`` where none does. head: [V, D], the teacher's output matrix.
+            ``None`` where none does. head: [V, D], the teacher's output matrix; or a function that makes logits of
+            rows of ``states``, whatever they hold: [r, D] → [r, V], any floating type.
         input_ids: [B, T]; −100 marks a position that is no target.
         needs: (L_LM, L_KD) for each micro-batch: whether it is computed.
         weights: (α, β) for each micro-batch, or a function that finds them once the losses are known.
@@ -181,7 +184,7 @@ def fused_losses(
 
 @torch.no_grad()
 def _gradients(
-    objective: Objective | None, hidden: Tensor, weight: Tensor, states: Tensor | None, head: Tensor | None,
+    objective: Objective | None, hidden: Tensor, weight: Tensor, states: Tensor | None, head: Head | None,
     input_ids: Tensor, needs: Sequence[tuple[bool, bool]], weights: Sequence[tuple[float, float]] | Weigh,
     dtype: torch.dtype | None, norms: bool,
 ) -> tuple[Tensor, Tensor, Tensor, list[list[float]], Sequence[tuple[float, float]]]:
@@ -202,7 +205,8 @@ def _gradients(
     def chunk(part: int, rows: slice) -> _Chunk:
         teacher = None
         if needs[part][1] and known is not None and head is not None:
-            teacher = known[taught.index(part), rows] @ head.to(known.dtype).T
+            kept = known[taught.index(part), rows]
+            teacher = kept @ head.to(known.dtype).T if isinstance(head, Tensor) else head(kept)
         logits = flat[part, rows].to(narrow) @ small.T
         return _chunk(logits, teacher, targets[part, rows].clamp(min=0), objective)
 
@@ -246,7 +250,7 @@ def _gradients(
 
 
 def _losses(
-    objective: Objective | None, hidden: Tensor, weight: Tensor, states: Tensor | None, head: Tensor | None,
+    objective: Objective | None, hidden: Tensor, weight: Tensor, states: Tensor | None, head: Head | None,
     input_ids: Tensor, needs: Sequence[tuple[bool, bool]], weights: Sequence[tuple[float, float]] | Weigh,
     dtype: torch.dtype | None, norms: bool,
 ) -> FusedLosses:

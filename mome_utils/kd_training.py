@@ -15,7 +15,7 @@ from mome_utils.alpha import Signals, make_alpha
 from mome_utils.config import MomeError
 from mome_utils.distillation import Objective, micro_losses
 from mome_utils.distributed import Share
-from mome_utils.fused import covers, fused_losses
+from mome_utils.fused import Head, covers, fused_losses
 from mome_utils.training import LMTrainer, model_logits
 
 __all__ = ["KDTrainer"]
@@ -25,19 +25,21 @@ class KDTrainer(LMTrainer):
     """Distillation: α·CE + β·distance from a teacher whose last hidden states come with the batch.
 
     The teacher's logits are rebuilt by one product with its output matrix ``head`` ``[V, H]``; where
-    :mod:`mome_utils.fused` covers the objective and the model is a plain GPT-2, chunk by chunk with the losses. The
-    rule for α is asked once for each micro-batch, in order; a loss that it does not need is not computed. ``records``
-    holds per step the means over micro-batches of ``ce``, ``kd`` (nats), ``alpha`` and the minimised ``loss``, and
-    where there are several micro-batches also ``ce_i``, ``kd_i`` and ``alpha_i`` of each.
+    :mod:`mome_utils.fused` covers the objective and the model is a plain GPT-2, chunk by chunk with the losses.
+    Where the batch brings rows of another cache, ``head`` is the function that makes logits of them. The rule for α is
+    asked once for each micro-batch, in order; a loss that it does not need is not computed. ``records`` holds per step
+    the means over micro-batches of ``ce``, ``kd`` (nats), ``alpha`` and the minimised ``loss``, and where there are
+    several micro-batches also ``ce_i``, ``kd_i`` and ``alpha_i`` of each.
     """
 
-    def __init__(self, *args: Any, head: Tensor, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, head: Head, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.spec.objective is None:
             raise MomeError("A distillation run needs an objective: give one, or train without a teacher.")
         self.objective: Objective = self.spec.objective
         self.rule = make_alpha(self.objective.alpha, self.objective.value, self.spec.steps)
-        self.head = head if self.feed.states is None else head.to(self.feed.states[0].dtype)
+        states = self.feed.states
+        self.head: Head = head.to(states[0].dtype) if isinstance(head, Tensor) and states is not None else head
         self.share = Share(self.objective.micro_batches, self.args.world_size, self.args.process_index)
         mine = self.share.mine
         self.own = replace(self.objective, micro_batches=mine.stop - mine.start)  # of this process's micro-batches
@@ -115,7 +117,9 @@ class KDTrainer(LMTrainer):
         The states' last position predicts a token beyond the block: it is dropped by the losses.
         """
         kept = self._wanted(states, wanted)
-        return None if kept is None else kept @ self.head.to(kept).T
+        if kept is None:
+            return None
+        return kept @ self.head.to(kept).T if isinstance(self.head, Tensor) else self.head(kept)
 
     def _gradient_norms(self, logits: Tensor, ce: Tensor, kd: Tensor) -> list[list[float]]:
         """Euclidean norms of each micro-batch's two gradients in the logits, [m][2]."""

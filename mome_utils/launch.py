@@ -20,6 +20,7 @@ from mome_utils.distributed import check_processes, is_main, join, main_first, p
 from mome_utils.runs import train_or_load
 from mome_utils.study import Study
 from mome_utils.sweeps import quiet
+from mome_utils.top_k import SparseCache
 from mome_utils.training import ModelSpec, TrainSpec
 
 __all__ = ["read_spec", "train_together"]
@@ -75,6 +76,8 @@ def read_spec(file: Path) -> TrainSpec:
         values["model"] = ModelSpec(**_frozen(model))
         if values.get("objective"):
             values["objective"] = Objective(**values["objective"])
+        if values.get("cache"):
+            values["cache"] = SparseCache(**values["cache"])
         return TrainSpec(**_frozen(values))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise MomeError(

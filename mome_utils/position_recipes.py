@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import pandas as pd
 
 from mome_utils.config import MomeError, Shape
+from mome_utils.display import SweepProgress
 from mome_utils.position_runs import (
     STAGE,
     TASKS,
@@ -148,7 +149,9 @@ def position_runs(study: Study, specs: Sequence[Spec], *, extra: bool = False) -
     keys = [run_key(spec) for spec in specs]
     todo = {k: s for k, s in zip(keys, specs, strict=True) if not study.store.has(STAGE, k)}
     jobs = [(spec, study.store.root, study.data().path) for spec in todo.values()]
-    in_parallel(_train_job, jobs, workers=max(1, min(study.profile.jobs, len(jobs))))
+    if jobs:
+        with SweepProgress(list(todo), study.store.root / STAGE) as progress:
+            in_parallel(_train_job, jobs, workers=min(study.profile.jobs, len(jobs)), watch=progress.update)
     found = [train_or_load(spec, study.store, study.data()) for spec in specs]
     for run in {run.key: run for run in found}.values():
         study.touch(run.folder)

@@ -1,6 +1,6 @@
 """Training for notebook 08, stored like every other run: pretraining by language modelling, then classification.
 
-A run takes seconds, so it is made in one go: an unfinished one leaves nothing behind and is made again.
+A run takes seconds, so it is made in one go: an unfinished one leaves its log alone and is made again.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from mome_utils.models import IGNORED, next_tokens
 from mome_utils.position_cures import CURES, BatchesTwice, Collator, TwoSteps, make_collator
 from mome_utils.position_models import build_position_model, classifier_from, load_classifier
 from mome_utils.position_tasks import Task, TaskSpec, make_task
+from mome_utils.run_log import RunLog
 from mome_utils.runs import STAGE as LANGUAGE_MODELS
 from mome_utils.runs import torch_threads
 from mome_utils.schedules import schedule
@@ -212,18 +213,24 @@ def train_or_load(spec: Spec, store: Store, data: StudyData) -> PositionRun:
     except DamagedArtifact:
         shutil.rmtree(store.path(STAGE, key))
     started = time.monotonic()
-    with torch_threads(spec.threads):
-        model, losses = _pretrain(spec, data) if isinstance(spec, PretrainSpec) else _classify(spec, store, data)
+    work = store.root / STAGE / f"{key}.unfinished"
+    with torch_threads(spec.threads), RunLog(work, f"seed {spec.seed}, threads: {spec.threads}") as log:
+        if isinstance(spec, PretrainSpec):
+            model, losses = _pretrain(spec, data, log)
+        else:
+            model, losses = _classify(spec, store, data, log)
     inputs = {"data": spec.data}
     if isinstance(spec, ClassifySpec):
         inputs |= {"start": spec.start, "task": spec.task}
     with store.create(STAGE, key, inputs=inputs, parameters=spec, modules=_modules(spec)) as result:
         save_model(model, result.folder)
+        log.keep(result.folder)
         history = pd.DataFrame({"step": range(1, len(losses) + 1), "loss": losses})
         history.to_parquet(result.folder / "history.parquet", index=False)
         result.metrics.update(
             seconds=round(time.monotonic() - started, 1), loss=float(np.mean(losses[-max(1, len(losses) // 10) :]))
         )
+    shutil.rmtree(work)
     return PositionRun(spec, key, store.path(STAGE, key))
 
 
@@ -284,7 +291,8 @@ class _Trainer(Trainer):
 
 
 def _fit(
-    spec: Spec, model: PreTrainedModel, dataset: Any, order: Sampler[int], collator: Callable[..., Any], steps: int
+    spec: Spec, model: PreTrainedModel, dataset: Any, order: Sampler[int], collator: Callable[..., Any], steps: int,
+    log: RunLog,
 ) -> list[float]:
     """Train by AdamW with a linear warm-up and decay; the loss of each step."""
     with tempfile.TemporaryDirectory() as folder:
@@ -296,7 +304,8 @@ def _fit(
             remove_unused_columns=False, dataloader_pin_memory=False, disable_tqdm=True,
         )
         trainer = _Trainer(
-            order, model=model.train(), args=arguments, train_dataset=dataset, data_collator=collator
+            order, model=model.train(), args=arguments, train_dataset=dataset, data_collator=collator,
+            callbacks=[log],
         )
         trainer.model_accepts_loss_kwargs = False  # our losses are means over the batch
         from transformers.trainer_callback import PrinterCallback
@@ -306,7 +315,7 @@ def _fit(
     return trainer.losses
 
 
-def _pretrain(spec: PretrainSpec, data: StudyData) -> tuple[PreTrainedModel, list[float]]:
+def _pretrain(spec: PretrainSpec, data: StudyData, log: RunLog) -> tuple[PreTrainedModel, list[float]]:
     blocks = [data.block_array("train", language) for language in spec.languages]
     sizes = {language: len(own) for language, own in zip(spec.languages, blocks, strict=True)}
     order = schedule("balanced", sizes, steps=spec.steps, batch_size=spec.batch_size, seed=spec.seed)
@@ -319,10 +328,12 @@ def _pretrain(spec: PretrainSpec, data: StudyData) -> tuple[PreTrainedModel, lis
         seed=spec.seed,
     )
     feed = ScheduledBlocks(order, blocks, None)
-    return model, _fit(spec, model, feed, _InOrder(len(feed)), collator, spec.steps)
+    return model, _fit(spec, model, feed, _InOrder(len(feed)), collator, spec.steps, log)
 
 
-def _classify(spec: ClassifySpec, store: Store, data: StudyData) -> tuple[PreTrainedModel, list[float]]:
+def _classify(
+    spec: ClassifySpec, store: Store, data: StudyData, log: RunLog
+) -> tuple[PreTrainedModel, list[float]]:
     task = load_task(store, spec.task)
     folder = store.require(
         spec.origin, spec.start,
@@ -340,4 +351,4 @@ def _classify(spec: ClassifySpec, store: Store, data: StudyData) -> tuple[PreTra
         for i, name in enumerate(spec.each)
     ]
     collator = made[0] if times == 1 else TwoSteps(made[0], made[1])
-    return model, _fit(spec, model, examples, order, collator, spec.batches * times)
+    return model, _fit(spec, model, examples, order, collator, spec.batches * times, log)

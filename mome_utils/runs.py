@@ -10,7 +10,7 @@ import contextlib
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,11 +23,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mome_utils.artifacts import DamagedArtifact, Store, digest, file_digest, read_manifest, source_digest
+from mome_utils.artifacts import (
+    DamagedArtifact,
+    MissingArtifact,
+    Store,
+    digest,
+    file_digest,
+    read_manifest,
+    source_digest,
+)
+from mome_utils.config import MomeError
 from mome_utils.dataset import StudyData
 from mome_utils.distributed import check_processes, is_main, main_first, processes, wait
 from mome_utils.kd_training import KDTrainer
+from mome_utils.run_log import RunLog
 from mome_utils.schedules import schedule
+from mome_utils.top_k import SparseCache, SparseHead, checked, encode, pack
 from mome_utils.training import (
     LMTrainer,
     ScheduledBlocks,
@@ -41,12 +52,16 @@ from mome_utils.training import (
 )
 
 __all__ = [
-    "STAGE", "STATES", "Run", "cache_teacher", "run_key", "states_key", "teacher_states",
-    "train_or_load",
+    "SPARSE", "STAGE", "STATES", "Run", "Source", "cache_folder", "cache_sparse", "cache_teacher", "run_key",
+    "sparse_key", "states_key", "store_sparse", "teacher_states", "train_or_load",
 ]
 
 STAGE = "runs"
 STATES = "teacher_states"
+SPARSE = "teacher_top_k"
+
+Source = Callable[[Tensor], Tensor | Mapping[str, Tensor]]
+"""A teacher of any kind: ids [b, T] → its logits [b, T, V], or what :func:`mome_utils.top_k.checked` takes."""
 
 
 def run_modules(spec: TrainSpec) -> tuple[str, ...]:
@@ -56,6 +71,8 @@ def run_modules(spec: TrainSpec) -> tuple[str, ...]:
         names += ["divergences", "alpha", "alpha_schedules", "distillation", "kd_training"]
     if spec.model.kind != "gpt2":
         names += ["moe", "moe_config", "routing"]
+    if spec.cache is not None:
+        names.append("top_k")
     return tuple(f"mome_utils.{name}" for name in names)
 
 
@@ -146,6 +163,111 @@ def teacher_states(store: Store, data: StudyData, teacher: Run, language: str) -
     return load_file(store.require(STATES, key, notebook="02_teacher_training") / "states.safetensors")["states"]
 
 
+def sparse_key(teacher: str, data: str, language: str, cache: SparseCache) -> str:
+    """Name of a teacher's sparse cache for one language; both top-k kinds share it."""
+    return digest({
+        "teacher": teacher, "data": data, "language": language, "stored": cache.stored, "k": cache.k,
+        "source": source_digest("mome_utils.top_k"),
+    })
+
+
+def store_sparse(
+    store: Store, data: StudyData, teacher: str, language: str, cache: SparseCache, source: Source, *, batch: int = 8
+) -> Path:
+    """Store k tokens of each position of a language's training blocks, of a teacher that is no run of the study.
+
+    Block ``i`` of the cache is block ``i`` of the data, position ``t`` the distribution of token ``t + 1``. A student
+    is trained from it by a spec with this ``cache`` and ``teacher``. Damaged caches are made again.
+
+    Args:
+        teacher: a name for it, which must change with the teacher.
+        source: gives the logits, or the tokens and log-probabilities, of ``batch`` blocks at a time.
+    Raises:
+        MomeError: what ``source`` gives does not fit the vocabulary, the blocks or the cache; nothing is stored.
+    """
+    vocabulary, key = len(data.tokenizer), sparse_key(teacher, data.fingerprint, language, cache)
+    with contextlib.suppress(DamagedArtifact):
+        if (folder := store.load(SPARSE, key)) is not None:
+            return folder
+    blocks = data.block_array("train", language)
+    found: list[Mapping[str, Tensor]] = []
+    for start in range(0, len(blocks), batch):
+        ids = torch.from_numpy(blocks[start : start + batch].astype(np.int64))
+        given = source(ids)
+        if isinstance(given, Tensor):
+            if given.shape != (*ids.shape, vocabulary):
+                raise MomeError(
+                    f"The teacher's logits {tuple(given.shape)} do not fit blocks {tuple(ids.shape)} and a vocabulary "
+                    f"of {vocabulary}: use a teacher with the same tokenizer."
+                )
+            seed = torch.Generator(given.device).manual_seed(int(digest([key, start]), 16) >> 1)
+            given = encode(given, cache, seed)
+        parts = checked(given, cache, vocabulary)
+        if parts["indices"].shape[:-1] != ids.shape:
+            raise MomeError(
+                f"The teacher gave tokens for positions {tuple(parts['indices'].shape[:-1])} of blocks "
+                f"{tuple(ids.shape)}: give them for every position."
+            )
+        found.append({name: part.cpu() for name, part in parts.items()})
+    parameters = {
+        "teacher": teacher, "data": data.fingerprint, "language": language, "vocabulary": vocabulary,
+        "stored": cache.stored, "k": cache.k,
+    }
+    inputs = {"teacher": teacher, "data": data.fingerprint}
+    rows = {name: torch.cat([part[name] for part in found]) for name in found[0]}
+    with store.create(SPARSE, key, inputs=inputs, parameters=parameters, modules=["mome_utils.top_k"]) as result:
+        save_file(rows, result.folder / "rows.safetensors")
+    return store.path(SPARSE, key)
+
+
+def cache_sparse(store: Store, data: StudyData, teacher: Run, language: str, cache: SparseCache) -> Path:
+    """:func:`store_sparse` of a teacher of the study, to compare with its hidden states."""
+    model: list[torch.nn.Module] = []
+
+    def logits(ids: Tensor) -> Tensor:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not model:  # a finished cache needs no teacher
+            model.append(load_gpt2(teacher.folder).eval().to(device))
+        bfloat16 = teacher.spec.dtype == "bfloat16"
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16):
+            given: Tensor = model[0](ids.to(device), use_cache=False).logits
+        return given
+
+    with torch_threads(teacher.spec.threads), torch.inference_mode():
+        return store_sparse(store, data, teacher.key, language, cache, logits)
+
+
+def cache_folder(store: Store, teacher: str, data: str, language: str, cache: SparseCache | None) -> Path:
+    """Where a teacher's cache for one language lies: its states, or the k tokens that ``cache`` says.
+
+    Raises:
+        MissingArtifact: it has not been made yet.
+    """
+    if cache is None:
+        return store.require(STATES, states_key(teacher, data, language), notebook="02_teacher_training")
+    folder = store.load(SPARSE, sparse_key(teacher, data, language, cache))
+    if folder is None:
+        raise MissingArtifact(
+            f"The teacher's {cache.kind} cache of {cache.k} tokens for {language} is not there yet: make it with "
+            "mome_utils.runs.cache_sparse or store_sparse."
+        )
+    return folder
+
+
+def _teacher_rows(store: Store, spec: TrainSpec, language: str) -> Tensor:
+    """What a distillation run is fed of its teacher: hidden states [n, T, H], or packed rows [n, T, w]."""
+    folder = cache_folder(store, str(spec.teacher), spec.data, language, spec.cache)
+    if spec.cache is None:
+        return load_file(folder / "states.safetensors")["states"]
+    size = read_manifest(folder).parameters["vocabulary"]
+    if size != spec.model.vocab_size:
+        raise MomeError(
+            f"The teacher's cache has a vocabulary of {size}, the student one of {spec.model.vocab_size}: give both "
+            "the same tokenizer."
+        )
+    return pack(load_file(folder / "rows.safetensors"))
+
+
 def train_or_load(spec: TrainSpec, store: Store, data: StudyData) -> Run:
     """The finished run of ``spec``: loaded, resumed or trained.
 
@@ -163,16 +285,17 @@ def train_or_load(spec: TrainSpec, store: Store, data: StudyData) -> Run:
         except DamagedArtifact:
             shutil.rmtree(store.path(STAGE, key))  # a damaged run is made again
     check_processes(spec.processes, processes())
-    with torch_threads(spec.threads):
-        _train(spec, key, store, data)
+    work = store.root / STAGE / f"{key}.unfinished"
+    with torch_threads(spec.threads), RunLog(work, f"seed {spec.seed}, {spec.dtype}, threads: {spec.threads}") as log:
+        _train(spec, key, store, data, log)
     return Run(spec, key, store.path(STAGE, key))
 
 
-def _train(spec: TrainSpec, key: str, store: Store, data: StudyData) -> None:
-    work = store.root / STAGE / f"{key}.unfinished"
-    work.mkdir(parents=True, exist_ok=True)
+def _train(spec: TrainSpec, key: str, store: Store, data: StudyData, log: RunLog) -> None:
+    work = log.folder
     started = time.monotonic()
     trainer = _trainer(spec, work, store, data)
+    trainer.add_callback(log)
     checkpoint = sound_checkpoint(work)
     if checkpoint is not None:
         trainer.restore(checkpoint)
@@ -190,6 +313,7 @@ def _train(spec: TrainSpec, key: str, store: Store, data: StudyData) -> None:
             return
         with store.create(STAGE, key, inputs=inputs, parameters=spec, modules=run_modules(spec)) as result:
             save_model(trainer.network, result.folder, weights)
+            log.keep(result.folder)
             history.to_parquet(result.folder / "history.parquet", index=False)
             if (work / "snapshots").is_dir():
                 shutil.copytree(work / "snapshots", result.folder / "snapshots")
@@ -213,13 +337,10 @@ def _trainer(spec: TrainSpec, work: Path, store: Store, data: StudyData) -> LMTr
     model = build_model(spec.model, spec.seed)
     if spec.teacher is None:
         return LMTrainer(spec, ScheduledBlocks(order, blocks, None), validation, work, model)
-    states, head = [], None
-    for language, places in zip(spec.languages, chosen, strict=True):
-        folder = store.require(
-            STATES, states_key(spec.teacher, spec.data, language), notebook="02_teacher_training"
-        )
-        states.append(load_file(folder / "states.safetensors")["states"][places])
-    head = _output_matrix(store.require(STAGE, spec.teacher, notebook="02_teacher_training"))
+    states = [_teacher_rows(store, spec, g)[places] for g, places in zip(spec.languages, chosen, strict=True)]
+    head = SparseHead(spec.cache, spec.model.vocab_size) if spec.cache is not None else _output_matrix(
+        store.require(STAGE, spec.teacher, notebook="02_teacher_training")
+    )
     return KDTrainer(spec, ScheduledBlocks(order, blocks, states), validation, work, model, head=head)
 
 

@@ -189,14 +189,14 @@ class Study:
             MissingArtifact: names the notebook that trains a teacher the specs need, before anything starts.
         """
         from mome_utils.continual import run_key, train_or_load
-        from mome_utils.runs import STAGE, STATES, Run, states_key
+        from mome_utils.runs import STAGE, Run, cache_folder
         from mome_utils.sweeps import in_parallel, train_job
 
         keys = [run_key(spec) for spec in specs]
-        for teacher, language in {(s.teacher, g) for s in specs if s.teacher for g in s.languages}:
-            self.touch(self.store.require(STAGE, teacher, notebook="02_teacher_training"))
-            states = states_key(teacher, self.data().fingerprint, language)
-            self.touch(self.store.require(STATES, states, notebook="02_teacher_training"))
+        for teacher, language, cache in {(s.teacher, g, s.cache) for s in specs if s.teacher for g in s.languages}:
+            if cache is None:  # else the teacher may be any model, and its cache is all there is of it
+                self.touch(self.store.require(STAGE, teacher, notebook="02_teacher_training"))
+            self.touch(cache_folder(self.store, teacher, self.data().fingerprint, language, cache))
         todo = {k: s for k, s in zip(keys, specs, strict=True) if not self.store.has(STAGE, k)}
         for groups, language in {(s.groups, g) for s in todo.values() if s.groups for g in s.languages}:
             for split in ("train", "validation"):  # a corpus too small for its groups says so before anything starts

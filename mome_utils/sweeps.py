@@ -1,5 +1,12 @@
 """Many runs side by side: one function per kind of job, spread over processes by joblib.
 
+On this machine the processes are joblib's own. ``joblib.parallel_config`` takes the same sweep elsewhere; for a
+cluster that runs Dask, whose workers see the study's folder of artifacts::
+
+    from distributed import Client
+    with Client("scheduler:8786"), joblib.parallel_config("dask"):
+        study.runs(specs)
+
 Orchestration only: nothing here decides a number, so changing it retrains nothing.
 """
 
@@ -9,7 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event, Lock, Thread
 from typing import Any
 
 import joblib
@@ -26,44 +33,74 @@ from mome_utils.training import TrainSpec
 __all__ = ["cache_job", "in_parallel", "quiet", "score_job", "train_job"]
 
 
+#: Two jobs must not share a process: they would draw from one random generator, and neither would be repeatable.
+_ALONE = Lock()
+
+
 def in_parallel(
     function: Callable[..., Any], jobs: Sequence[tuple], *, workers: int,
     watch: Callable[[int], None] | None = None, pause: float = 1.0,
 ) -> list[Any]:
     """``[function(*job) for job in jobs]``, ``workers`` at a time through joblib, in order.
 
-    Any joblib backend serves (``joblib.parallel_config``): processes here, Dask or Ray on a cluster by
-    configuration alone. One worker means this process and this thread. ``watch(finished)`` is called every
-    ``pause`` seconds (with one worker: after each job). The first error, or an interruption, stops the sweep and its
-    workers; finished jobs have saved their results.
+    Jobs see nothing of each other: each gives what it gives alone, to the last bit, wherever it runs. They must not
+    call this function themselves.
+
+    Args:
+        function: what a job is; it can be imported by its name, or be sent as it is.
+        jobs: arguments of each.
+        workers: jobs at a time in processes of this machine; one means this process and this thread. Where
+            ``joblib.parallel_config`` names another backend (Dask, Ray), that backend decides, even for one job.
+        watch: called with the number of finished jobs every ``pause`` seconds (with one worker: after each job).
+        pause: seconds.
+
+    Raises:
+        Exception: the first that a job raises. It stops the sweep and its workers, as an interruption does; finished
+            jobs have saved their results.
     """
     results: list[Any] = []
-    if workers <= 1:
+    elsewhere = _elsewhere()
+    if workers <= 1 and not elsewhere:
         for job in jobs:
             results.append(function(*job))
             if watch is not None:
                 watch(len(results))
         return results
     done = Event()
+    # An error or an interruption closes a generator, and joblib then ends its workers. Not every backend has them.
+    backend = joblib.parallel.get_active_backend()[0]
+    parallel = joblib.Parallel(
+        n_jobs=None if elsewhere else workers,
+        return_as="generator" if backend.supports_return_generator else "list",
+    )
 
     def look() -> None:
         while watch is not None and not done.wait(pause):
-            watch(len(results))
+            watch(parallel.n_completed_tasks)  # results in order would hide the jobs that overtook others
 
     Thread(target=look, daemon=True).start()
     try:
         with warnings.catch_warnings():
             # A worker that was idle for long, or whose memory has grown, is replaced: its job is not lost.
             warnings.filterwarnings("ignore", message="A worker stopped while some jobs were given")
-            # An error or an interruption closes this generator, and joblib then ends its workers.
-            parallel = joblib.Parallel(n_jobs=workers, return_as="generator")
-            for result in parallel(joblib.delayed(function)(*job) for job in jobs):
-                results.append(result)
+            results.extend(parallel(joblib.delayed(_alone)(function, job) for job in jobs))
     finally:
         done.set()
     if watch is not None:
         watch(len(results))
     return results
+
+
+def _elsewhere() -> bool:
+    """Whether the caller chose a backend of joblib other than processes of this machine."""
+    own = joblib.parallel.BACKENDS[joblib.parallel.DEFAULT_BACKEND]
+    return not isinstance(joblib.parallel.get_active_backend()[0], own)
+
+
+def _alone(function: Callable[..., Any], job: tuple) -> Any:
+    """A job that has its process to itself, also where a backend runs several threads in one."""
+    with _ALONE:
+        return function(*job)
 
 
 def quiet() -> None:

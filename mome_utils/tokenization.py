@@ -12,7 +12,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -76,6 +78,56 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[lis
 def token_counts(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[int]:
     """Tokens of each text as the packing writes it, with its `<s>` and `</s>`."""
     return [len(ids) + 2 for ids in encode(tokenizer, texts)]
+
+
+class TokenReader:
+    """Tokens of texts, each text read once: what was read is remembered.
+
+    Parameters
+    ----------
+    tokenizer : as `train_tokenizer` makes it.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.tokenizer = tokenizer
+        self._known: dict[str, NDArray[np.int32]] = {}
+
+    def ids(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+        """Token ids of each text, without special tokens."""
+        new = list(dict.fromkeys(text for text in texts if text not in self._known))
+        for text, ids in zip(new, encode(self.tokenizer, new), strict=True):
+            self._known[text] = np.array(ids, dtype=np.int32)
+        return [self._known[text] for text in texts]
+
+    def counts(self, texts: Sequence[str]) -> list[int]:
+        """As `token_counts`: with the `<s>` and `</s>` of each text."""
+        return [len(ids) + 2 for ids in self.ids(texts)]
+
+    def prefix_counts(self, texts: Sequence[str], ends: Sequence[Sequence[int]]) -> list[list[int]]:
+        """`token_counts` of ``text[:end]`` for every end of every text; each text is read once.
+
+        A byte-level tokenizer cuts a text into words from left to right and then merges bytes within each word.
+        Where it cuts depends on at most one character behind the word that follows, so all words but the last
+        two of a prefix are the whole text's, and only those two are tokenized again.
+
+        Parameters
+        ----------
+        ends : for each text, lengths in characters, up to the text's own.
+        """
+        if not texts:
+            return []
+        read = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False).encodings
+        before: list[int] = []
+        tails: list[str] = []
+        for text, own, encoding in zip(texts, ends, read, strict=True):
+            self._known[text] = np.array(encoding.ids, dtype=np.int32)
+            for end in own:
+                word = encoding.char_to_word(end - 1) if end else 0
+                start = encoding.word_to_chars(word - 1)[0] if word else 0
+                before.append(encoding.word_to_tokens(word - 1)[0] if word else 0)
+                tails.append(text[start:end])
+        counted = (a + b for a, b in zip(before, self.counts(tails), strict=True))
+        return [[next(counted) for _ in own] for own in ends]
 
 
 def coverage(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from mome_utils.distributed import averaged, check_processes, check_shards, chec
 from mome_utils.fused import covers, fused_ce
 from mome_utils.models import build_gpt2, shifted_ce
 from mome_utils.schedules import ScheduleKind
+from mome_utils.top_k import SparseCache
 
 __all__ = [
     "LMTrainer", "ModelSpec", "ScheduledBlocks", "TrainSpec", "ValidationSet", "build_model",
@@ -59,6 +60,8 @@ class TrainSpec:
     modelling). ``compiled`` trains a plain GPT-2 through ``torch.compile``. ``snapshots`` are steps after which the
     weights are kept beside the final ones. ``groups`` restricts training and validation to blocks whose documents all
     belong to these topic groups; empty means all blocks.
+    ``cache`` says what is kept of the teacher: its last hidden states, or, where they are not at hand, k tokens of each
+    position; then ``teacher`` may be any name that a cache was stored under.
     """
 
     model: ModelSpec
@@ -82,6 +85,7 @@ class TrainSpec:
     compiled: bool = False
     snapshots: tuple[int, ...] = ()
     groups: tuple[str, ...] = ()
+    cache: SparseCache | None = None
     #: Processes that train it together, each on an equal share of every batch: sums, and so results, depend on it.
     processes: int = 1
 
@@ -95,6 +99,10 @@ class TrainSpec:
                 f"A batch of {self.batch_size} sequences cannot be cut into {self.objective.micro_batches} equal "
                 "micro-batches: choose a number that divides it."
             )
+        if self.cache is not None:
+            if self.objective is None:
+                raise MomeError("A run without a teacher has no use for a teacher's cache: leave the cache out.")
+            self.cache.check(self.objective, self.model.vocab_size)
         parts = 1 if self.objective is None else self.objective.micro_batches
         whole = self.objective is not None and not covers(self.objective)
         check_share(self.batch_size, parts, self.processes, whole=whole, compiled=self.compiled)
@@ -136,7 +144,8 @@ class ScheduledBlocks(Dataset):
     Args:
         order: ``[steps, batch, 2]`` pairs (language index, block index).
         blocks: per language, token ids ``[n, T]``.
-        states: per language, the teacher's last hidden states ``[n, T, H]``, or ``None``.
+        states: per language, the teacher's last hidden states ``[n, T, H]``, or packed rows ``[n, T, w]`` of a
+            :class:`~mome_utils.top_k.SparseCache`, or ``None``.
     """
 
     def __init__(self, order: np.ndarray, blocks: Sequence[np.ndarray], states: Sequence[Tensor] | None) -> None:

@@ -64,6 +64,20 @@ def test_the_bound_is_never_exceeded(
     assert max(after.values()) <= (1 + bound / 100) * min(after.values())
 
 
+def test_a_faster_count_of_prefixes_changes_nothing() -> None:
+    documents = load_corpus(topics=12).documents
+
+    def prefixes(texts: Sequence[str], ends: Sequence[Sequence[int]]) -> list[list[int]]:
+        asked.extend(texts)
+        return [count([text[:end] for end in own]) for text, own in zip(texts, ends, strict=True)]
+
+    asked: list[str] = []
+    kept = balance(documents, count, 5, common=True, seed=0, count_prefixes=prefixes)
+    assert kept == balance(documents, count, 5, common=True, seed=0) and sorted(asked) == sorted(
+        d.text for d in documents
+    )
+
+
 @given(corpora(aligned=True), BOUNDS)
 def test_aligned_topics_stay_aligned_and_cuts_are_prefixes(documents: list[Document], bound: float) -> None:
     try:

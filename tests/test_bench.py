@@ -113,9 +113,21 @@ def test_numbers_of_a_table_stand_below_each_other():
     assert bench.table(rows) == "name  token count  ratio\n   a       32,000  123.5\n  bb            5    0.5"
 
 
+def test_rows_that_come_one_by_one_are_told_before_the_table(tmp_path, capsys, monkeypatch):
+    def slow(root: Path, rounds: int):
+        for number in (1, 2000):
+            yield {"token_count": number, "ratio": 123.456}
+
+    monkeypatch.setattr(bench, "BENCHMARKS", {"slow": slow})
+    assert main(["bench", "slow", "--out", str(tmp_path / "slow.json")]) == 0
+    shown = capsys.readouterr()
+    assert shown.err.splitlines() == ["token count 1, ratio 123.5", "token count 2,000, ratio 123.5"]
+    assert shown.out.splitlines() == ["token count  ratio", "          1  123.5", "      2,000  123.5"]
+
+
 def test_wrong_requests_get_one_sentence(tmp_path, capsys):
     assert main(["bench", "rooter", "--out", str(tmp_path / "x.json")]) == 2
-    names = "router, moe, similarity, kd, ce, large, sweep, gpu"
+    names = "router, moe, similarity, kd, ce, large, sweep, dataset, generate, gpu"
     assert capsys.readouterr().err == f"mome: There is no benchmark 'rooter': choose one of {names}.\n"
     assert main(["bench", "router", "--rounds", "0", "--out", str(tmp_path / "x.json")]) == 2
     assert "one round or more" in capsys.readouterr().err

@@ -14,7 +14,7 @@ TINY = dict(sizes=((Shape(1, 16, 2), 64, 24),), sequences=8, new_tokens=4, least
 
 
 def test_every_variant_and_work_is_timed_against_equal_work():
-    rows = bench_moe.moe(rounds=2, **TINY)
+    rows = list(bench_moe.moe(rounds=2, **TINY))
     assert [(row["variant"], row["work"]) for row in rows] == [("none", "forward"), ("none", "training")] + [
         (variant, work) for variant in VARIANTS for work in ("forward", "training", "token")
     ] + [("moe_ce", "token, one expert")]
@@ -30,17 +30,29 @@ def test_the_benchmark_is_known_by_its_name(monkeypatch, tmp_path):
     assert row == {"root": tmp_path.name, "rounds": 3} and (tmp_path / "moe.json").is_file()
 
 
+def test_rows_come_as_soon_as_they_are_measured(monkeypatch, tmp_path):
+    def stopped(*arguments):
+        assert [row["work"] for row in told] == ["forward"]
+        raise KeyboardInterrupt
+
+    told = []
+    monkeypatch.setattr(bench_moe, "_training", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        bench.run_benchmark("moe", tmp_path / "moe.json", tell=told.append, rounds=1, **TINY)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_computes_something_else_is_not_timed(monkeypatch):
-    plain = bench_moe._alone
+    plain = bench_moe.expert_alone
 
     def other(*arguments, **options):
         model = plain(*arguments, **options)
         model.transformer.ln_f.bias.data += 1
         return model
 
-    monkeypatch.setattr(bench_moe, "_alone", other)
+    monkeypatch.setattr(bench_moe, "expert_alone", other)
     with pytest.raises(MomeError, match="computes something else than what it is compared with"):
-        bench_moe.moe(rounds=1, **TINY)
+        list(bench_moe.moe(rounds=1, **TINY))
 
 
 def test_wrong_numbers_get_one_sentence():

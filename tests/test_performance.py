@@ -38,6 +38,25 @@ def test_a_benchmark_renews_the_table(tmp_path, monkeypatch):
     assert f"| {line} |" in text and text.startswith("a\n") and text.endswith("\nb\n")
 
 
+def test_each_row_of_data_set_and_generation_says_what_it_is(tmp_path):
+    ratio = {"ratio": 2.0, "lowest": 1.5, "highest": 2.5}
+    rows = {
+        "dataset": {"documents": 1600, "textbook": "by batch"} | ratio,
+        "generate": {"variant": "ple", "prompts": 8} | ratio,
+    }
+    (tmp_path / BENCHMARK_FOLDER).mkdir(parents=True)
+    for name, row in rows.items():
+        content = {"benchmark": name, "machine": bench.machine(), "rows": [row]}
+        (tmp_path / BENCHMARK_FOLDER / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    lines = performance_block(tmp_path).splitlines()[2:4]
+    assert lines == [
+        "| 1,600 documents balanced and in blocks (`dataset`) | the textbook's way, tokenized by batch | "
+        "2 × faster (1.5 to 2.5) |",
+        "| ple continues prompts of all languages, 8 at once (`generate`) | one prompt after the other | "
+        "2 × faster (1.5 to 2.5) |",
+    ]
+
+
 def test_a_readme_without_markers_is_refused(tmp_path):
     shutil.copytree(ROOT / BENCHMARK_FOLDER, tmp_path / BENCHMARK_FOLDER)
     with pytest.raises(MomeError, match="to put the benchmarks between"):

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from mome_utils.corpus import Document, load_corpus
 from mome_utils.tokenization import (
     TokenizerError,
+    TokenReader,
     coverage,
     encode,
     encode_speed,
@@ -57,6 +58,26 @@ def test_training_is_deterministic() -> None:
 def test_counts_include_begin_and_end() -> None:
     assert token_counts(TOKENIZER, ["", "a"]) == [2, 3]
     assert token_counts(TOKENIZER, []) == []
+
+
+@given(st.lists(st.one_of(
+    st.text(max_size=30), st.text("ab1 '\n\u00a0é蚂rels-", max_size=60), st.sampled_from([d.text for d in DOCUMENTS])
+), max_size=3), st.data())
+def test_counts_of_prefixes_are_those_of_the_prefixes_alone(texts: list[str], data: st.DataObject) -> None:
+    ends = [data.draw(st.lists(st.integers(0, len(text)), max_size=8)) for text in texts]
+    expected = [token_counts(TOKENIZER, [text[:end] for end in own]) for text, own in zip(texts, ends, strict=True)]
+    reader = TokenReader(TOKENIZER)
+    assert reader.prefix_counts(texts, ends) == expected
+    assert reader.counts(texts) == token_counts(TOKENIZER, texts)
+
+
+def test_a_text_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, texts = TokenReader(TOKENIZER), [d.text for d in DOCUMENTS[:3]]
+    first = reader.ids(texts)
+    assert [ids.tolist() for ids in first] == encode(TOKENIZER, texts)
+    monkeypatch.setattr("mome_utils.tokenization.encode", lambda tokenizer, new: [pytest.fail(t) for t in new])
+    assert [ids.tolist() for ids in reader.ids(texts[::-1])] == [ids.tolist() for ids in first[::-1]]
+    assert reader.counts(texts) == [len(ids) + 2 for ids in first]
 
 
 def test_vocabulary_below_the_bytes_is_refused() -> None:
