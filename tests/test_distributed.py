@@ -22,6 +22,7 @@ from mome_utils.config import MomeError
 from mome_utils.distillation import Objective
 from mome_utils.distributed import Share, check_processes, check_shards
 from mome_utils.launch import read_spec, train_together
+from mome_utils.run_log import LOG
 from mome_utils.runs import Run, run_key, train_or_load
 from mome_utils.study import Study
 
@@ -103,6 +104,7 @@ def test_two_processes_train_as_one_does(runs, name):
     alone, together = runs[name]
     assert alone.key != together.key, "the last digits differ, so the names do"
     assert together.metrics["step"] == alone.metrics["step"]
+    assert (together.folder / LOG).read_text(encoding="utf-8").count("started: ") == 1
     one, two = alone.history(), together.history()
     assert list(one) == list(two) and len(one) == alone.spec.steps
     np.testing.assert_allclose(two.to_numpy(), one.to_numpy(), **TOLERANCE)
