@@ -88,8 +88,8 @@ class Dispatch:
         used = weights[:, :-1] > 0
         groups = tuple((e, used[:, e].nonzero().flatten()) for e in used.any(0).nonzero().flatten().tolist())
         largest, common = weights[:, :-1].amax(1), weights[:, -1]
-        same = bool(((largest == 1) & (common == 0)).all() or ((largest == 0.5) & (common == 0.5)).all())
-        return cls(groups, weights, same)
+        same = ((largest == 1) & (common == 0)).all() | ((largest == 0.5) & (common == 0.5)).all()
+        return cls(groups, weights, bool(same & used.sum(1).le(1).all()))
 
     def select(self, rows: Tensor) -> Self:
         """The dispatch of these rows, in this order."""
@@ -109,9 +109,7 @@ class Expert(nn.Module):
         self, embeds: Tensor, attention_mask: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
         """Embedded tokens [B, T, D] to the last hidden states [B, T, D]."""
-        mask = create_causal_mask(
-            config=self.config, inputs_embeds=embeds, attention_mask=attention_mask, past_key_values=cache
-        )
+        mask = create_causal_mask(self.config, embeds, attention_mask=attention_mask, past_key_values=cache)
         hidden = embeds
         for block in self.h:
             hidden = block(hidden, cache, mask, use_cache=cache is not None)
@@ -215,12 +213,15 @@ class MomeForCausalLM(Shards, Growth, Generation, GPT2PreTrainedModel, Generatio
             logits_to_keep: number of last positions to project; 0 projects all.
 
         Raises:
-            MomeError: no routes and no fitted router, a route outside the active experts, or too long a context.
+            MomeError: no routes and no fitted router; routes, weights, context or (unless in training) tokens that do
+                not fit the model or the batch.
 
         With ``past_key_values`` the sequences stay with the cache's experts, whatever else is given.
         """
         cache = cast(MomeCache | None, past_key_values)
         if cache is None:
+            if not self.training:  # a step of training waits for no such check
+                self._check_tokens(input_ids)
             dispatch = self._dispatch(input_ids, attention_mask, routes, expert_weights, use_common)
             cache = MomeCache(dispatch, len(self.experts)) if use_cache else None
         else:
@@ -261,8 +262,7 @@ class MomeForCausalLM(Shards, Growth, Generation, GPT2PreTrainedModel, Generatio
         loss = None
         if labels is not None:
             loss = self.loss_function(
-                logits, labels, vocab_size=self.config.vocab_size,
-                num_items_in_batch=kwargs.get("num_items_in_batch"),
+                logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=kwargs.get("num_items_in_batch")
             )
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
 
@@ -272,11 +272,11 @@ class MomeForCausalLM(Shards, Growth, Generation, GPT2PreTrainedModel, Generatio
     ) -> Dispatch:
         """What `forward` does with each row. Given routes need no router, and training weighs nothing."""
         if expert_weights is not None:
-            return Dispatch.of_weights(self._checked_weights(expert_weights.to(input_ids.device)))
+            return Dispatch.of_weights(self._checked_weights(expert_weights.to(input_ids.device), len(input_ids)))
         common = self.common is not None and use_common
         if routes is None or (common and self.config.combine != "mean" and not self.training):
             return Dispatch.of_weights(self.mixing_weights(input_ids, attention_mask, routes, use_common))
-        routes = self._checked_routes(routes.to(input_ids.device))
+        routes = self._checked_routes(routes.to(input_ids.device), len(input_ids))
         if (routes == ABSTAIN).any():
             return Dispatch.of_weights(self.mixing_weights(input_ids, attention_mask, routes, use_common))
         return Dispatch.of_routes(routes, len(self.experts), common)
