@@ -173,12 +173,19 @@ def _publish(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
+    from mome_utils.artifacts import write_atomic
     from mome_utils.bench import run_benchmark, table
+    from mome_utils.performance import performance_block, with_performance
     from mome_utils.places import project_root
 
-    root = project_root()
-    out = options.out or root / "data" / "benchmarks" / f"{options.name}.json"
-    print(table(run_benchmark(options.name, out, root=root, rounds=options.rounds)))
+    root, name = project_root(), options.name or ("gpu" if options.device == "cuda" else None)
+    if name is None or (name == "gpu") != (options.device == "cuda"):
+        raise MomeError("Name a benchmark for the processor (see mome bench --help), or ask for --device cuda alone.")
+    out = options.out or root / "data" / "benchmarks" / f"{name}.json"
+    print(table(run_benchmark(name, out, root=root, rounds=options.rounds)))
+    readme = root / "README.md"
+    if options.out is None and readme.is_file():
+        write_atomic(readme, with_performance(readme.read_text(encoding="utf-8"), performance_block(root)))
     return 0
 
 
@@ -283,7 +290,10 @@ def parser() -> argparse.ArgumentParser:
     publish.set_defaults(command=_publish)
 
     bench = commands.add_parser("bench", help="time a part of the package, and say what it needs")
-    bench.add_argument("name", metavar="NAME", help="which benchmark: router, moe, similarity, kd, ce, large or sweep")
+    bench.add_argument("name", metavar="NAME", nargs="?",
+                       help="which benchmark: router, moe, similarity, kd, ce, large or sweep")
+    bench.add_argument("--device", choices=("cpu", "cuda"), default="cpu",
+                       help="cuda: teacher, distillation and dispatch at the sizes of the profile gpu, on one GPU")
     bench.add_argument("--rounds", type=int, default=7, metavar="N",
                        help="how often each is timed, in turn (default: %(default)d)")
     bench.add_argument("--out", type=Path, metavar="FILE", help="JSON to write (default: data/benchmarks/NAME.json)")

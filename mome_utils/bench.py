@@ -269,9 +269,17 @@ def sweep(**options: Any) -> list[dict[str, Any]]:
     return bench_sweep.sweep(**options)
 
 
+def gpu(**options: Any) -> list[dict[str, Any]]:
+    """Training at the sizes of the profile ``gpu``, on one: see :func:`mome_utils.bench_gpu.gpu`."""
+    from mome_utils import bench_gpu
+
+    return bench_gpu.gpu(**options)
+
+
 #: Name to function; each takes ``root``, the project's folder, and ``rounds``, and returns rows.
 BENCHMARKS: Mapping[str, Callable[..., list[dict[str, Any]]]] = MappingProxyType({
     "router": router, "moe": moe, "similarity": similarity, "kd": kd, "ce": ce, "large": large, "sweep": sweep,
+    "gpu": gpu,
 })
 
 

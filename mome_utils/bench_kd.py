@@ -8,8 +8,6 @@ side validates or saves anything: a benchmark ends before the first validation.
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -22,11 +20,12 @@ import numpy as np
 import torch
 
 from mome_utils.bench_sides import Side, Turn, Worker
+from mome_utils.compilation import compiler
 from mome_utils.config import MomeError, load_profile
 from mome_utils.runs import torch_threads
 from mome_utils.training import resolve_dtype
 
-__all__ = ["LARGE", "ce", "compiler", "kd", "large", "matrix_rate"]
+__all__ = ["LARGE", "ce", "kd", "large", "matrix_rate"]
 
 #: Vocabulary, tokens of a sequence and sequences of a step at which ``large`` looks at the memory.
 LARGE = (32_000, 1024, 8)
@@ -42,7 +41,7 @@ def kd(
     Args:
         root: not needed; every benchmark takes it.
         rounds: how often each side has its turn. steps: of a turn.
-        compiled: also compare with the textbook's loop under ``torch.compile``, where there is a C++ compiler.
+        compiled: also compare both under ``torch.compile``, where there is a C++ compiler.
         sizes: fields of :class:`~mome_utils.bench_sides.Side` to replace; by default the shapes, batch, dtype and
             threads of the profile ``laptop``.
 
@@ -68,18 +67,21 @@ def ce(
 def _training(work: str, rounds: int, steps: int, compiled: bool, sizes: Mapping[str, Any]) -> list[dict[str, Any]]:
     _check(rounds, steps)
     ours = Side("ours", work, **_laptop() | dict(sizes))
-    books = [replace(ours, loop="textbook"), replace(ours, loop="textbook", network="ours")]
+    book, fast = replace(ours, loop="textbook"), replace(ours, compiled=True)
+    pairs = [(ours, book), (ours, replace(book, network="ours"))]
     if compiled and compiler():
-        books.append(replace(ours, loop="textbook", compiled=True))
+        compiled_book = replace(book, compiled=True)
+        pairs += [(ours, compiled_book), (fast, compiled_book), (fast, ours)]
     elif compiled:
-        print("There is no C++ compiler here: the textbook's loop runs eagerly only.", file=sys.stderr)
-    alone = [replace(ours, work="ce")] if work == "kd" else []
-    turns = _in_turn([ours, *books, *alone], rounds, steps)
+        print("There is no C++ compiler here: both loops run eagerly only.", file=sys.stderr)
+    if work == "kd":  # the teacher's part of a step: how many times faster is a step without it
+        pairs.append((replace(ours, work="ce"), ours))
+    turns = _in_turn(list(dict.fromkeys(side for pair in pairs for side in pair)), rounds, steps)
     rate = matrix_rate(ours.dtype, ours.threads)
-    rows = [_row(ours, turns[ours], book, turns[book], rate) for book in books]
-    for side in alone:  # the teacher's part of a step: how many times faster is a step without it
-        rows.append(_row(side, turns[side], ours, turns[ours], rate, compare=False))
-    return rows
+    return [
+        _row(first, turns[first], second, turns[second], rate, compare=first.work == second.work)
+        for first, second in pairs
+    ]
 
 
 def large(
@@ -120,22 +122,21 @@ def _laptop() -> dict[str, Any]:
     )
 
 
-def compiler() -> bool:
-    """Whether ``torch.compile`` finds a C++ compiler here."""
-    return any(map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++", "cl"))))
-
-
-def matrix_rate(dtype: str, threads: int, *, size: int = 1024, seconds: float = 0.5) -> float:
+def matrix_rate(dtype: str, threads: int, *, size: int = 1024, seconds: float = 0.5, device: str = "cpu") -> float:
     """Operations per second of a product of two square matrices, the best of several: what the machine could do."""
     with torch_threads(threads), torch.inference_mode():
-        a, b = (torch.randn(size, size).to(getattr(torch, dtype)) for _ in range(2))
-        clock = time.process_time if threads == 1 else time.perf_counter
+        a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
+        clock = time.process_time if threads == 1 and device == "cpu" else time.perf_counter
         times: list[float] = []
         a @ b
         end = time.perf_counter() + seconds
         while time.perf_counter() < end or not times:
+            if device == "cuda":
+                torch.cuda.synchronize()
             start = clock()
             a @ b
+            if device == "cuda":
+                torch.cuda.synchronize()
             times.append(clock() - start)
     return 2 * size**3 / min(times)
 

@@ -72,7 +72,8 @@ class Side:
     Attributes:
         loop: ``ours`` or ``textbook``.
         work: ``kd``, with a teacher, or ``ce``, without.
-        compiled: whether the textbook's forward passes and losses go through ``torch.compile`` together.
+        compiled: whether ``torch.compile`` is used: for our decoder, or for the textbook's forward passes and losses
+            together.
         network: the textbook's student and teacher as ``transformers`` makes a GPT-2 (``library``), or with this
             package's settings of activation and attention (``ours``). They compute the same function.
         teacher, student: shapes.
@@ -100,7 +101,7 @@ class Side:
     def name(self) -> str:
         """The side in words."""
         how = "compiled" if self.compiled else "eager"
-        return "ours" if self.loop == "ours" else f"textbook, {how}" + ", our network" * (self.network == "ours")
+        return f"{self.loop}, {how}" + ", our network" * (self.loop == "textbook" and self.network == "ours")
 
     def flops(self) -> float:
         """Floating-point operations of a step's matrix products: two for each multiplication and addition.
@@ -293,6 +294,7 @@ def train_spec(side: Side) -> TrainSpec:
         model=model, data="benchmark", languages=("xx",), sampler="balanced", steps=STEPS, batch_size=side.batch,
         learning_rate=3e-3, lr_schedule="cosine", warmup=WARMUP / STEPS, weight_decay=0.05, seed=side.seed,
         threads=side.threads, dtype=side.dtype, evaluations=1, evaluation_blocks=1, select_best=False,
+        compiled=side.loop == "ours" and side.compiled,
         objective=Objective(side.divergence, "fixed") if with_teacher else None,
         teacher="benchmark" if with_teacher else None,
     )

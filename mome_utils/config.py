@@ -71,6 +71,8 @@ class Profile:
     threads: int
     #: ``float32``, ``bfloat16`` (autocast) or ``auto``: bfloat16 where the hardware multiplies it natively.
     dtype: str
+    #: Train through ``torch.compile`` where this machine can. It pays in long runs: each process compiles first.
+    compile: bool = False
     validation_fraction: float = 0.1
     test_fraction: float = 0.1
     #: No language may have more than this many per cent more tokens than the smallest.
@@ -128,7 +130,7 @@ def _profiles() -> dict[str, Profile]:
         teacher=Shape(24, 1024, 16), student=Shape(6, 768, 12), expert=Shape(3, 768, 12),
         seeds=3, teacher_epochs=3, student_epochs=1, teacher_batch=64, student_batch=64,
         teacher_lr=3e-4, student_lr=6e-4, evaluations=20, evaluation_blocks=512, stride=512,
-        jobs=1, threads=8, dtype="bfloat16",
+        jobs=1, threads=8, dtype="bfloat16", compile=True,
     )
     paper = dataclasses.replace(
         gpu, name="paper", seeds=1, teacher_batch=1024, student_batch=1024, teacher_lr=5e-5, student_lr=5e-5,

@@ -43,7 +43,7 @@ class KDTrainer(LMTrainer):
         ids, step, parts = inputs["input_ids"], self.state.global_step, self.objective.micro_batches
         needs = [self.rule.needs(step, part) for part in range(parts)]
         fused = covers(self.objective) and not return_outputs
-        hidden = self.hidden_states(model, ids) if fused else None
+        hidden = self.hidden_states(model, inputs) if fused else None
         if hidden is not None:
             states = self._wanted(inputs["teacher_states"], [kd for _, kd in needs])
             unknown = [math.nan] * parts

@@ -218,7 +218,33 @@ class MomeForCausalLM(Shards, Growth, Generation, GPT2PreTrainedModel, Generatio
 
         With ``past_key_values`` the sequences stay with the cache's experts, whatever else is given.
         """
-        cache = cast(MomeCache | None, past_key_values)
+        merged, cache = self._answers(
+            input_ids, attention_mask, position_ids, cast(MomeCache | None, past_key_values), routes, expert_weights,
+            use_common, use_cache, logits_to_keep,
+        )
+        logits = merged if self.config.variant == "ple" else self.lm_head(merged)
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=kwargs.get("num_items_in_batch")
+            )
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+
+    def shared_states(self, input_ids: Tensor, routes: Tensor) -> Tensor:
+        """What the shared output projection reads (JEET and MoE-CE): last hidden states [B, T, D], in training.
+
+        Args:
+            input_ids: tokens, [B, T]. routes: expert index of each sequence, [B].
+        """
+        return self._answers(input_ids, None, None, None, routes, None, True, False, 0)[0]
+
+    def _answers(
+        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: MomeCache | None,
+        routes: Tensor | None, expert_weights: Tensor | None, use_common: bool, use_cache: bool | None,
+        logits_to_keep: int,
+    ) -> tuple[Tensor, MomeCache | None]:
+        """The experts' answers in the order of the batch, hidden states [B, T, D] or logits (PLE), and the cache."""
         if cache is None:
             if not self.training:  # a step of training waits for no such check
                 self._check_tokens(input_ids)
@@ -256,15 +282,7 @@ class MomeForCausalLM(Shards, Growth, Generation, GPT2PreTrainedModel, Generatio
         shared = None
         if embeds is not None and self.common is not None and dispatch.common:
             shared = self.common(embeds, attention_mask, None if cache is None else cache.common)[:, kept]
-        merged = _combine(pieces, shared, dispatch)
-        logits = merged if embeds is None else self.lm_head(merged)
-
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=kwargs.get("num_items_in_batch")
-            )
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        return _combine(pieces, shared, dispatch), cache
 
     def _dispatch(
         self, input_ids: Tensor, attention_mask: Tensor | None, routes: Tensor | None,

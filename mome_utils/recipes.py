@@ -8,6 +8,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from mome_utils.compilation import resolve_compile
 from mome_utils.config import MomeError, Shape
 from mome_utils.distillation import Objective
 from mome_utils.runs import run_key
@@ -98,6 +99,7 @@ def _spec(study: Study, model: ModelSpec, languages: Sequence[str], seed: int, *
     settings: dict = dict(
         model=model, data=study.data().fingerprint, languages=tuple(languages), warmup=profile.warmup,
         weight_decay=profile.weight_decay, seed=seed, threads=profile.threads, dtype=resolve_dtype(profile.dtype),
+        compiled=resolve_compile(profile.compile),
         evaluations=profile.evaluations, evaluation_blocks=profile.evaluation_blocks, select_best=True,
         lr_schedule="cosine",
     )

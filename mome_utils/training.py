@@ -54,8 +54,9 @@ class TrainSpec:
     """All that defines a training run, and with the sources of its modules its key.
 
     ``objective`` and ``teacher`` (the key of the teacher's run) are both given or both ``None`` (plain language
-    modelling). ``snapshots`` are steps after which the weights are kept beside the final ones. ``groups`` restricts
-    training and validation to blocks whose documents all belong to these topic groups; empty means all blocks.
+    modelling). ``compiled`` trains a plain GPT-2 through ``torch.compile``. ``snapshots`` are steps after which the
+    weights are kept beside the final ones. ``groups`` restricts training and validation to blocks whose documents all
+    belong to these topic groups; empty means all blocks.
     """
 
     model: ModelSpec
@@ -76,6 +77,7 @@ class TrainSpec:
     select_best: bool
     objective: Objective | None = None
     teacher: str | None = None
+    compiled: bool = False
     snapshots: tuple[int, ...] = ()
     groups: tuple[str, ...] = ()
 
@@ -199,7 +201,7 @@ class _Records(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         now = time.monotonic()  # a step can be shorter than opening a file
-        if now - self.written > 0.5 or state.global_step == state.max_steps:
+        if now - self.written > 2 or state.global_step == state.max_steps:
             self.progress.write_text(f"{state.global_step}/{state.max_steps}", encoding="utf-8")
             self.written = now
 
@@ -264,7 +266,11 @@ class LMTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.spec = spec
         self.feed = feed
-        self.network = model
+        self.network: Any = model
+        # Weights stay with the model: what is compiled is one way through its decoder.
+        self.decoder: Any = getattr(model, "transformer", None)
+        if spec.compiled and self.decoder is not None:
+            self.decoder = torch.compile(self.decoder)
         self.validation = validation
         self.records: list[dict[str, float]] = []
         self.add_callback(_Records(self, folder / "progress"))
@@ -298,7 +304,7 @@ class LMTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Mapping[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        logits, hidden = None, None if return_outputs else self.hidden_states(model, inputs["input_ids"])
+        logits, hidden = None, None if return_outputs else self.hidden_states(model, inputs)
         if hidden is not None:
             loss = fused_ce(hidden, model.lm_head.weight, inputs["input_ids"], dtype=self.product_dtype)
         else:
@@ -308,16 +314,21 @@ class LMTrainer(Trainer):
             self.record(loss=loss.item())
         return (loss, logits) if return_outputs else loss
 
-    def hidden_states(self, model: Any, ids: Tensor) -> Tensor | None:
-        """Last hidden states [B, T, H] of a plain GPT-2, whose logits are one product away.
+    def hidden_states(self, model: Any, inputs: Mapping[str, Tensor]) -> Tensor | None:
+        """Last hidden states [B, T, H] of a model whose logits are one product with its ``lm_head`` away.
 
-        ``None`` for a mixture, which may have several output matrices, and for a model that is wrapped to be trained
-        in parallel, which must be called as a whole.
+        ``None`` for a mixture with several output matrices, and for a model that is wrapped to be trained in
+        parallel, which must be called as a whole.
         """
-        if type(model) is not GPT2LMHeadModel:
+        if model is not self.network:
             return None
+        ids: Tensor = inputs["input_ids"]
+        states: Tensor | None = None
         with self.accelerator.autocast():  # it wraps the whole model's forward pass only
-            states: Tensor = model.transformer(input_ids=ids, use_cache=False).last_hidden_state
+            if type(model) is GPT2LMHeadModel:
+                states = self.decoder(input_ids=ids, use_cache=False).last_hidden_state
+            elif model.config.model_type == "mome" and model.config.variant != "ple":
+                states = model.shared_states(ids, inputs["languages"])
         return states
 
     @property

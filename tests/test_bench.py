@@ -115,13 +115,23 @@ def test_numbers_of_a_table_stand_below_each_other():
 
 def test_wrong_requests_get_one_sentence(tmp_path, capsys):
     assert main(["bench", "rooter", "--out", str(tmp_path / "x.json")]) == 2
-    names = "router, moe, similarity, kd, ce, large, sweep"
+    names = "router, moe, similarity, kd, ce, large, sweep, gpu"
     assert capsys.readouterr().err == f"mome: There is no benchmark 'rooter': choose one of {names}.\n"
     assert main(["bench", "router", "--rounds", "0", "--out", str(tmp_path / "x.json")]) == 2
     assert "one round or more" in capsys.readouterr().err
     assert main(["bench", "router", "--out", str(tmp_path)]) == 2
     assert "is a folder" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_gpu_is_asked_for_by_its_device(tmp_path, capsys):
+    out = ["--out", str(tmp_path / "x.json")]
+    if not torch.cuda.is_available():
+        assert main(["bench", "--device", "cuda", *out]) == 2
+        assert "There is no GPU here" in capsys.readouterr().err
+    for wrong in ([], ["gpu"], ["kd", "--device", "cuda"]):
+        assert main(["bench", *wrong, *out]) == 2
+        assert "ask for --device cuda alone" in capsys.readouterr().err
 
 
 def test_results_lie_with_the_project_by_default(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mome_utils import bench_kd, bench_sides, bench_sweep
+from mome_utils import bench_gpu, bench_kd, bench_sides, bench_sweep
 from mome_utils.bench_sides import Side, Turn, Worker
 from mome_utils.config import MomeError, Shape
 from mome_utils.models import build_gpt2
@@ -64,14 +64,14 @@ def test_a_worker_works_when_told_to_and_says_why_it_ended():
         assert len(first.losses) == 2 and len(second.losses) == 3
         assert min(second.seconds, second.cpu_seconds) > 0
     with Worker(Side("ours", "kd", divergence="none", **TINY)) as worker:
-        with pytest.raises(MomeError, match="The process of 'ours' ended: .*Unknown divergence 'none'"):
+        with pytest.raises(MomeError, match="The process of 'ours, eager' ended: .*Unknown divergence 'none'"):
             worker.turn(1)
 
 
 class Scripted:
     """A worker that takes prescribed times."""
 
-    seconds = {"ours": (9.0, 1.0, 2.0, 1.0), "textbook, eager": (9.0, 4.0, 4.0, 4.0)}
+    seconds = {"ours, eager": (9.0, 1.0, 2.0, 1.0), "textbook, eager": (9.0, 4.0, 4.0, 4.0)}
     shift = 0.0
 
     def __init__(self, side: Side) -> None:
@@ -95,13 +95,14 @@ def test_rows_are_medians_without_the_turn_to_warm_up(monkeypatch):
     monkeypatch.setattr(bench_kd, "Worker", Scripted)
     monkeypatch.setattr(bench_kd, "matrix_rate", lambda *_: 1e3)
     rows = bench_kd.kd(rounds=3, steps=5, compiled=False, **TINY)
-    assert [row["against"] for row in rows] == ["kd, textbook, eager", "kd, textbook, eager, our network", "kd, ours"]
+    others = [row["against"] for row in rows]
+    assert others == ["kd, textbook, eager", "kd, textbook, eager, our network", "kd, ours, eager"]
     first = rows[0]
     assert (first["ratio"], first["lowest"], first["highest"], first["rounds"]) == (4, 2, 4, 3)
     assert first["tokens_per_s"] == 5 * 2 * 12 and first["against_tokens_per_s"] == 5 * 2 * 12 / 4
     assert (first["memory_mb"], first["against_memory_mb"], first["memory_ratio"]) == (2, 6, 3)
     assert first["matrix_rate"] == pytest.approx(Side("ours", "kd", **TINY).flops() * 5 / 1e3)
-    assert rows[1]["ratio"] == 3 and rows[2]["measured"] == "ce, ours"
+    assert rows[1]["ratio"] == 3 and rows[2]["measured"] == "ce, ours, eager"
     assert bench_kd.large(rounds=3, works=["ce"])[0]["memory_ratio"] == 3
     Scripted.seconds, seconds = {}, Scripted.seconds
     # Several threads: the time that passes counts.
@@ -119,12 +120,12 @@ def test_sides_that_compute_something_else_are_not_compared(monkeypatch):
             bench_kd.kd(**wrong)
 
 
-def test_without_a_compiler_the_textbook_runs_eagerly_and_says_so(monkeypatch, capsys):
+def test_without_a_compiler_both_run_eagerly_and_say_so(monkeypatch, capsys):
     monkeypatch.setattr(bench_kd, "Worker", Scripted)
     monkeypatch.setattr(bench_kd, "compiler", lambda: False)
     rows = bench_kd.ce(rounds=1, steps=1, **TINY)
     assert not any("compiled" in row["against"] for row in rows)
-    assert capsys.readouterr().err == "There is no C++ compiler here: the textbook's loop runs eagerly only.\n"
+    assert capsys.readouterr().err == "There is no C++ compiler here: both loops run eagerly only.\n"
 
 
 SMOKE = {
@@ -159,3 +160,17 @@ def test_a_sweep_is_timed_in_turn(monkeypatch):
     assert row["tokens_per_s"] == 6 * 10 * 4 * 128 / 2
     with pytest.raises(MomeError, match="one round and one step"):
         bench_sweep.sweep(rounds=0)
+
+
+def test_the_benchmark_of_a_gpu_runs_on_small_sizes():
+    small = {"teacher": [2, 32, 2], "student": [1, 16, 2], "expert": [1, 16, 2], "vocab_size": 64, "block_size": 16,
+             "stride": 8, "compile": False}
+    rows = bench_gpu.gpu(rounds=2, device="cpu", sequences=4, matrix=64, least_seconds=0.01, overrides=small)
+    assert [row["measured"] for row in rows] == [
+        "teacher training", "distillation, cached teacher", "ple, mixed batch", "jeet, mixed batch",
+        "moe_ce, mixed batch",
+    ]
+    assert all(row["tokens_per_s"] > 0 and row["lowest"] <= row["ratio"] <= row["highest"] for row in rows)
+    assert rows[0]["matrix_rate"] > 0 and rows[1]["matrix_rate"] > 0 and rows[1]["against"] == "teacher in each step"
+    with pytest.raises(MomeError, match="multiple of 4 sequences"):
+        bench_gpu.gpu(sequences=6)

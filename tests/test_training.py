@@ -1,6 +1,7 @@
 """Training runs: keys, resumption, repeatability, caches. Every model here is trained for real, on a tiny corpus."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -9,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mome_utils import artifacts, distillation, kd_training, recipes, runs, schedules, training
+from mome_utils import artifacts, compilation, distillation, kd_training, recipes, runs, schedules, training
 from mome_utils.artifacts import MissingArtifact
-from mome_utils.config import MomeError
+from mome_utils.config import MomeError, load_profile
 from mome_utils.runs import run_key, teacher_states, train_or_load
 from mome_utils.study import Study
 
@@ -282,3 +283,31 @@ def test_losses_in_chunks_train_as_whole_logits_do(study, rule, micro_batches, m
     whole = fresh(study, spec).history()
     assert list(chunked) == list(whole)
     np.testing.assert_allclose(chunked.to_numpy(), whole.to_numpy(), rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("variant", ["jeet", "moe_ce"])
+def test_joint_experts_train_in_chunks_as_on_whole_logits(study, variant, monkeypatch):
+    spec = recipes.moe_spec(study, variant, 0, "adaptive", mixed=True)  # every batch has several experts
+    spec = dataclasses.replace(spec, steps=2 * spec.evaluations, snapshots=())
+    chunked = fresh(study, spec).history()
+    monkeypatch.setattr(training.LMTrainer, "hidden_states", lambda *_: None)
+    whole = fresh(study, spec).history()
+    np.testing.assert_allclose(chunked.to_numpy(), whole.to_numpy(), rtol=2e-3, atol=2e-4)
+
+
+def test_a_compiled_run_learns_what_an_eager_one_does_and_has_a_key_of_its_own(study, monkeypatch):
+    # The graph as the compiler gets it, run without generating code, which takes a minute here: `mome bench kd` does.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    spec = dataclasses.replace(recipes.student_spec(study, "en", "fixed", 0), snapshots=())
+    compiled = dataclasses.replace(spec, compiled=True)
+    assert run_key(spec) != run_key(compiled)
+    eager = fresh(study, spec).history()
+    np.testing.assert_allclose(fresh(study, compiled).history().to_numpy(), eager.to_numpy(), rtol=2e-3, atol=2e-4)
+
+
+def test_a_profile_compiles_only_where_it_can(study, monkeypatch):
+    assert not load_profile("laptop").compile and load_profile("gpu").compile
+    monkeypatch.setattr(compilation.shutil, "which", lambda name: None)
+    assert not compilation.resolve_compile(True)
+    monkeypatch.setattr(compilation.shutil, "which", lambda name: name)
+    assert compilation.resolve_compile(True) and not compilation.resolve_compile(False)

@@ -1,0 +1,44 @@
+"""The README's performance table says what the stored benchmarks say."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mome_utils import bench
+from mome_utils.__main__ import main
+from mome_utils.config import MomeError
+from mome_utils.performance import BENCHMARK_FOLDER, performance_block, with_performance
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_the_readme_shows_the_stored_benchmarks():
+    assert performance_block(ROOT) in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_stored_benchmark_is_in_the_table_or_compares_nothing():
+    shown = performance_block(ROOT)
+    for path in (ROOT / BENCHMARK_FOLDER).glob("*.json"):
+        compared = any("ratio" in row for row in json.loads(path.read_text(encoding="utf-8"))["rows"])
+        assert (f"(`{path.stem}`)" in shown) == compared
+
+
+def test_a_benchmark_renews_the_table(tmp_path, monkeypatch):
+    (tmp_path / "README.md").write_text("a\n<!-- performance:begin --><!-- performance:end -->\nb\n", encoding="utf-8")
+    row = {"sequences": 9, "vocabulary": 4096, "ratio": 161.84, "lowest": 144.9, "highest": 189.8}
+    monkeypatch.setattr(bench, "BENCHMARKS", {"router": lambda root, rounds: [row]})
+    monkeypatch.setattr("mome_utils.places.project_root", lambda: tmp_path)
+    assert main(["bench", "router"]) == 0
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    line = "routing 9 sequences, vocabulary 4,096 (`router`) | the published pipeline | 162 × faster (145 to 190)"
+    assert f"| {line} |" in text and text.startswith("a\n") and text.endswith("\nb\n")
+
+
+def test_a_readme_without_markers_is_refused(tmp_path):
+    shutil.copytree(ROOT / BENCHMARK_FOLDER, tmp_path / BENCHMARK_FOLDER)
+    with pytest.raises(MomeError, match="to put the benchmarks between"):
+        with_performance("no markers", performance_block(tmp_path))
