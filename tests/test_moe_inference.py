@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, pipeline
 
 from mome_utils.config import MomeError
-from mome_utils.moe import Dispatch
 from mome_utils.moe_config import COMMON, VARIANTS, MomeConfig
+from mome_utils.moe_dispatch import Dispatch
 
 torch.set_num_threads(1)
 
