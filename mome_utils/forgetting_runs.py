@@ -26,7 +26,7 @@ __all__ = ["changes_inside", "class_rows", "growing_rows", "stage_rows", "untrai
 
 _MODULES = ("mome_utils.evaluation", "mome_utils.models")
 _CLASSES = ("mome_utils.evaluation", "mome_utils.token_classes")
-_GROWTH = tuple(f"mome_utils.{m}" for m in ("evaluation", "forgetting_growth", "moe", "routing"))
+_GROWTH = tuple(f"mome_utils.{m}" for m in ("evaluation", "forgetting_growth", "moe", "moe_dispatch", "routing"))
 
 
 def stage_rows(study: Study, arms: Mapping[str, Sequence[Run]]) -> pd.DataFrame:

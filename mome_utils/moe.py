@@ -25,12 +25,10 @@ generate (`moe_generation`), travel as one file per expert (`moe_shards`), gain 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import torch
-from torch import LongTensor, Tensor, nn
+from torch import Tensor, nn
 from transformers import GenerationMixin, GPT2Config, GPT2LMHeadModel
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
@@ -43,6 +41,7 @@ from mome_utils.config import MomeError, Shape
 from mome_utils.models import gpt2_config, scale_projection
 from mome_utils.moe_cache import MomeCache
 from mome_utils.moe_config import COMMON, VARIANTS, MomeConfig
+from mome_utils.moe_dispatch import Dispatch, combine
 from mome_utils.moe_generation import Generation
 from mome_utils.moe_growth import Growth
 from mome_utils.moe_inference import Absent
@@ -50,50 +49,6 @@ from mome_utils.moe_shards import Shards
 from mome_utils.routing import ABSTAIN, TokenRouter
 
 __all__ = ["COMMON", "VARIANTS", "Dispatch", "Expert", "MomeCache", "MomeConfig", "MomeForCausalLM", "build_mome"]
-
-
-@dataclass(frozen=True)
-class Dispatch:
-    """Which rows of a batch each expert reads, and what its answers weigh.
-
-    Attributes:
-        groups: experts in use, each with its rows [n] in ascending order.
-        weights: of every expert and, last, the common one, for each row, [B, E + 1].
-        plain: each row has one expert and no weight but 1, or ½ beside the common expert's ½ in all rows.
-    """
-
-    groups: tuple[tuple[int, Tensor], ...]
-    weights: Tensor
-    plain: bool
-
-    @cached_property
-    def common(self) -> bool:
-        """Whether the common expert takes part."""
-        return bool(self.weights[:, -1].any())
-
-    @classmethod
-    def of_routes(cls, routes: LongTensor, experts: int, common: bool) -> Self:
-        """One of ``experts`` for each row [B], averaged with the common one or not."""
-        order = torch.argsort(routes, stable=True)
-        counts = torch.bincount(routes, minlength=experts).tolist()
-        groups = [(index, rows) for index, rows in enumerate(torch.split(order, counts)) if len(rows)]
-        weights = nn.functional.one_hot(routes, experts + 1).float()
-        if common:
-            weights = (weights + nn.functional.one_hot(torch.tensor(experts, device=routes.device))) / 2
-        return cls(tuple(groups), weights, True)
-
-    @classmethod
-    def of_weights(cls, weights: Tensor) -> Self:
-        """Any mixture, [B, E + 1]."""
-        used = weights[:, :-1] > 0
-        groups = tuple((e, used[:, e].nonzero().flatten()) for e in used.any(0).nonzero().flatten().tolist())
-        largest, common = weights[:, :-1].amax(1), weights[:, -1]
-        same = bool(((largest == 1) & (common == 0)).all() or ((largest == 0.5) & (common == 0.5)).all())
-        return cls(groups, weights, same)
-
-    def select(self, rows: Tensor) -> Self:
-        """The dispatch of these rows, in this order."""
-        return self.of_weights(self.weights[rows])
 
 
 class Expert(nn.Module):
@@ -109,9 +64,7 @@ class Expert(nn.Module):
         self, embeds: Tensor, attention_mask: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
         """Embedded tokens [B, T, D] to the last hidden states [B, T, D]."""
-        mask = create_causal_mask(
-            config=self.config, inputs_embeds=embeds, attention_mask=attention_mask, past_key_values=cache
-        )
+        mask = create_causal_mask(self.config, embeds, attention_mask=attention_mask, past_key_values=cache)
         hidden = embeds
         for block in self.h:
             hidden = block(hidden, cache, mask, use_cache=cache is not None)
@@ -215,7 +168,8 @@ class MomeForCausalLM(Shards, Growth, Generation, GPT2PreTrainedModel, Generatio
             logits_to_keep: number of last positions to project; 0 projects all.
 
         Raises:
-            MomeError: no routes and no fitted router, a route outside the active experts, or too long a context.
+            MomeError: no routes and no fitted router; routes, weights, context or (unless in training) tokens that do
+                not fit the model or the batch.
 
         With ``past_key_values`` the sequences stay with the cache's experts, whatever else is given.
         """
@@ -228,8 +182,7 @@ class MomeForCausalLM(Shards, Growth, Generation, GPT2PreTrainedModel, Generatio
         loss = None
         if labels is not None:
             loss = self.loss_function(
-                logits, labels, vocab_size=self.config.vocab_size,
-                num_items_in_batch=kwargs.get("num_items_in_batch"),
+                logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=kwargs.get("num_items_in_batch")
             )
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
 
@@ -248,6 +201,8 @@ class MomeForCausalLM(Shards, Growth, Generation, GPT2PreTrainedModel, Generatio
     ) -> tuple[Tensor, MomeCache | None]:
         """The experts' answers in the order of the batch, hidden states [B, T, D] or logits (PLE), and the cache."""
         if cache is None:
+            if not self.training:  # a step of training waits for no such check
+                self._check_tokens(input_ids)
             dispatch = self._dispatch(input_ids, attention_mask, routes, expert_weights, use_common)
             cache = MomeCache(dispatch, len(self.experts)) if use_cache else None
         else:
@@ -282,7 +237,7 @@ class MomeForCausalLM(Shards, Growth, Generation, GPT2PreTrainedModel, Generatio
         shared = None
         if embeds is not None and self.common is not None and dispatch.common:
             shared = self.common(embeds, attention_mask, None if cache is None else cache.common)[:, kept]
-        return _combine(pieces, shared, dispatch), cache
+        return combine(pieces, shared, dispatch), cache
 
     def _dispatch(
         self, input_ids: Tensor, attention_mask: Tensor | None, routes: Tensor | None,
@@ -290,11 +245,11 @@ class MomeForCausalLM(Shards, Growth, Generation, GPT2PreTrainedModel, Generatio
     ) -> Dispatch:
         """What `forward` does with each row. Given routes need no router, and training weighs nothing."""
         if expert_weights is not None:
-            return Dispatch.of_weights(self._checked_weights(expert_weights.to(input_ids.device)))
+            return Dispatch.of_weights(self._checked_weights(expert_weights.to(input_ids.device), len(input_ids)))
         common = self.common is not None and use_common
         if routes is None or (common and self.config.combine != "mean" and not self.training):
             return Dispatch.of_weights(self.mixing_weights(input_ids, attention_mask, routes, use_common))
-        routes = self._checked_routes(routes.to(input_ids.device))
+        routes = self._checked_routes(routes.to(input_ids.device), len(input_ids))
         if (routes == ABSTAIN).any():
             return Dispatch.of_weights(self.mixing_weights(input_ids, attention_mask, routes, use_common))
         return Dispatch.of_routes(routes, len(self.experts), common)
@@ -371,46 +326,6 @@ def _positions(attention_mask: Tensor | None, length: int) -> Tensor | None:
 def _rows(tensor: Tensor, rows: Tensor) -> Tensor:
     """Rows of a tensor; the tensor itself where all are asked for (they are in order then)."""
     return tensor if len(rows) == len(tensor) else tensor.index_select(0, rows)
-
-
-def _combine(pieces: list[Tensor], shared: Tensor | None, dispatch: Dispatch) -> Tensor:
-    """Weighed answers of the experts [n, T, …] and of the common one [B, T, …], in the order of the batch."""
-    if dispatch.plain:
-        merged = _merge(pieces, dispatch.groups)
-        return merged if shared is None else (merged + shared) / 2
-    like = pieces[0] if shared is None else shared
-    weights = dispatch.weights.to(like)
-    merged = like.new_zeros(len(weights), *like.shape[1:])
-    for (index, rows), piece in zip(dispatch.groups, pieces, strict=True):
-        merged = merged.index_add(0, rows, piece * weights[rows, index, None, None])
-    return merged if shared is None else merged + shared * weights[:, -1, None, None]
-
-
-def _merge(pieces: list[Tensor], groups: Sequence[tuple[int, Tensor]]) -> Tensor:
-    """Answers of groups that share no row, in the order of the batch."""
-    if len(pieces) == 1:
-        return pieces[0]
-    merged: Tensor = _Rows.apply([rows for _, rows in groups], *pieces)
-    return merged
-
-
-class _Rows(torch.autograd.Function):
-    """Puts pieces [n, …] into their rows of one tensor [B, …]: each number is copied once, and once backwards.
-
-    PLE's pieces are logits, the largest tensors there are; joining and then ordering them would copy them twice.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, places: list[Tensor], *pieces: Tensor) -> Tensor:
-        ctx.places = places
-        merged = pieces[0].new_empty(sum(map(len, pieces)), *pieces[0].shape[1:])
-        for rows, piece in zip(places, pieces, strict=True):
-            merged.index_copy_(0, rows, piece)
-        return merged
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *(gradients[0].index_select(0, rows) for rows in ctx.places)
 
 
 AutoModelForCausalLM.register(MomeConfig, MomeForCausalLM, exist_ok=True)

@@ -86,7 +86,8 @@ class Generation(Inference):
             kwargs["rerouting"] = Rerouting(reroute_every, window, reroute_above, start)
         if expert_weights is not None:
             # Checked here too, so that texts with a cache and without compare the same weights.
-            kwargs["expert_weights"] = self._checked_weights(expert_weights)
+            count = len(expert_weights if prompt is None else prompt)
+            kwargs["expert_weights"] = self._checked_weights(expert_weights, count)
         return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
 
     def prepare_inputs_for_generation(
@@ -120,7 +121,7 @@ class Generation(Inference):
         low, high = (int(bound) for bound in torch.aminmax(input_ids))
         if low < 0 or high >= self.config.vocab_size:
             raise MomeError(
-                f"The prompt's tokens lie from {low} to {high} but the model knows 0 to "
+                f"The tokens lie from {low} to {high} but the model knows 0 to "
                 f"{self.config.vocab_size - 1}: use the tokenizer of the model."
             )
 

@@ -140,12 +140,13 @@ class Inference:
             use_common: False leaves MoE-CE's common expert out.
 
         Raises:
-            MomeError: a route outside the active experts, or no fitted router where one is needed: without routes,
-                for a fallback without a common expert, and for ``combine="router"``.
+            MomeError: routes that are not one per sequence, a route outside the active experts, or no fitted router
+                where one is needed: without routes, for a fallback without a common expert, and for
+                ``combine="router"``.
         """
         if routes is None:
             routes = self.route(input_ids, attention_mask)
-        routes = self._checked_routes(routes.to(input_ids.device))
+        routes = self._checked_routes(routes.to(input_ids.device), len(input_ids))
         weights = torch.zeros(len(routes), len(self.languages) + 1, device=input_ids.device)
         told, common = routes != ABSTAIN, self.common is not None and use_common
         weights[told, routes[told]] = 1
@@ -174,8 +175,13 @@ class Inference:
             raise MomeError("This model has no fitted router: call set_router first, or pass routes=.")
         return self.router
 
-    def _checked_routes(self, routes: Tensor) -> LongTensor:
-        """Routes that lead to active experts, or to the fallback."""
+    def _checked_routes(self, routes: Tensor, count: int) -> LongTensor:
+        """Routes of ``count`` sequences, which lead to active experts, or to the fallback."""
+        if routes.shape != (count,) or routes.dtype not in (torch.int64, torch.int32):
+            raise MomeError(
+                f"routes holds one expert index per sequence, {count} whole numbers here, not {routes.dtype} of shape "
+                f"{tuple(routes.shape)}."
+            )
         low, high = (int(bound) for bound in torch.aminmax(routes)) if len(routes) else (0, 0)
         if low < ABSTAIN or high >= len(self.languages):
             raise MomeError(
@@ -184,20 +190,20 @@ class Inference:
             )
         if len(self.active) < len(self.languages):
             self._check_active([index for index in routes.unique().tolist() if index != ABSTAIN])
-        return cast(LongTensor, routes)
+        return cast(LongTensor, routes.long())
 
-    def _checked_weights(self, weights: Tensor) -> Tensor:
-        """Weights [B, E + 1] of active experts, float32; each row adds up to 1, and no expert weighs less than 1e-6.
+    def _checked_weights(self, weights: Tensor, count: int) -> Tensor:
+        """Weights [count, E + 1] of active experts, float32; a row adds up to 1, and no weight is below 1e-6.
 
         Raises:
             MomeError: another shape or type, a negative number, a row that adds up to something else, an expert
                 that is not active, or a weight for a common expert that is not there.
         """
         columns = len(self.languages) + 1
-        if weights.dim() != 2 or weights.shape[1] != columns or not weights.is_floating_point():
+        if weights.shape != (count, columns) or not weights.is_floating_point():
             raise MomeError(
                 f"expert_weights holds one row of {columns} numbers per sequence (each expert's, then the common "
-                f"expert's), not {weights.dtype} of shape {tuple(weights.shape)}."
+                f"expert's), {count} rows here, not {weights.dtype} of shape {tuple(weights.shape)}."
             )
         if not (weights >= 0).all() or not ((weights.sum(1) - 1).abs() <= 1e-4).all():  # also where one is no number
             raise MomeError("The rows of expert_weights must hold no negative number and add up to 1.")

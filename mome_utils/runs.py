@@ -70,7 +70,7 @@ def run_modules(spec: TrainSpec) -> tuple[str, ...]:
     if spec.objective is not None:
         names += ["divergences", "alpha", "alpha_schedules", "distillation", "kd_training"]
     if spec.model.kind != "gpt2":
-        names += ["moe", "moe_config", "routing"]
+        names += ["moe", "moe_config", "moe_dispatch", "routing"]
     if spec.cache is not None:
         names.append("top_k")
     return tuple(f"mome_utils.{name}" for name in names)

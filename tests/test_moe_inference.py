@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerFast, pipeline
 
 from mome_utils.config import MomeError
 from mome_utils.moe_config import COMMON, VARIANTS, MomeConfig
+from mome_utils.moe_dispatch import Dispatch
 
 torch.set_num_threads(1)
 
@@ -195,13 +197,53 @@ def test_wrong_weights_get_one_sentence(model, mixed):
     for weights, words in (
         (torch.ones(1, 4), "one row of 5 numbers"), (torch.ones(1, 5, dtype=torch.long), "one row of 5 numbers"),
         (torch.ones(1, 5), "add up to 1"), (torch.tensor([[2.0, -1, 0, 0, 0]]), "no negative number"),
-        (torch.full((1, 5), torch.nan), "add up to 1"),
+        (torch.full((1, 5), torch.nan), "add up to 1"), (torch.full((2, 5), 0.2), "1 rows here, not .* shape .2, 5"),
     ):
         with pytest.raises(MomeError, match=words):
             model(ids, expert_weights=weights)
     if model.common is None:
         with pytest.raises(MomeError, match="has no common expert"):
             model(ids, expert_weights=torch.tensor([[0.5, 0, 0, 0, 0.5]]))
+
+
+@pytest.mark.parametrize("routes", [
+    torch.tensor([0]), torch.tensor([0, 1, 2]), torch.tensor([[0], [1]]), torch.tensor(1), torch.tensor([0.0, 1.0]),
+])
+def test_routes_are_one_index_for_each_sequence(model, mixed, routes):
+    ids = mixed[0][:2]
+    for ask in (model, model.mixing_weights, partial(model.generate, max_new_tokens=1, **GREEDY)):
+        with pytest.raises(MomeError, match="one expert index per sequence, 2 whole numbers here"):
+            ask(ids, routes=routes)
+    with pytest.raises(MomeError, match="one expert index per sequence, 2 whole numbers here"):
+        model.train()(ids, routes=routes)
+    model.eval()
+
+
+def test_generation_wants_weights_for_each_prompt(model, mixed):
+    weights = torch.eye(len(LANGUAGES) + 1)[:1]
+    with pytest.raises(MomeError, match="2 rows here"):
+        model.generate(mixed[0][:2], expert_weights=weights, max_new_tokens=1, **GREEDY)
+    text = model.generate(mixed[0][:1], expert_weights=weights, max_new_tokens=1, num_return_sequences=1, **GREEDY)
+    assert text.shape == (1, 10)
+
+
+def test_routes_of_a_shorter_type_are_the_same_routes(model, mixed):
+    ids, languages = mixed
+    assert torch.equal(model(ids, routes=languages.int()).logits, model(ids, routes=languages).logits)
+
+
+def test_a_row_of_several_experts_is_not_plain():
+    """The answers of a plain batch are copied unweighed, so each row may have one."""
+    assert Dispatch.of_weights(torch.tensor([[0.0, 1, 0], [1, 0, 0]])).plain
+    assert Dispatch.of_weights(torch.tensor([[0.5, 0, 0.5], [0, 0.5, 0.5]])).plain
+    for weights in ([[1.0, 0.25, 0]], [[0.5, 0.25, 0.5]], [[0.5, 0.5, 0.5]], [[1.0, 0, 0], [0.5, 0, 0.5]]):
+        assert not Dispatch.of_weights(torch.tensor(weights)).plain
+
+
+def test_tokens_outside_the_vocabulary_get_one_sentence(model):
+    for strange in (VOCABULARY, -1):
+        with pytest.raises(MomeError, match="use the tokenizer of the model"):
+            model(torch.tensor([[3, strange]]), routes=torch.tensor([0]))
 
 
 # ---------------------------------------------------------------------------------------- generate

@@ -31,7 +31,7 @@ def test_a_benchmark_renews_the_table(tmp_path, monkeypatch):
     (tmp_path / "README.md").write_text("a\n<!-- performance:begin --><!-- performance:end -->\nb\n", encoding="utf-8")
     row = {"sequences": 9, "vocabulary": 4096, "ratio": 161.84, "lowest": 144.9, "highest": 189.8}
     monkeypatch.setattr(bench, "BENCHMARKS", {"router": lambda root, rounds: [row]})
-    monkeypatch.setattr("mome_utils.study.project_root", lambda: tmp_path)
+    monkeypatch.setattr("mome_utils.places.project_root", lambda: tmp_path)
     assert main(["bench", "router"]) == 0
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     line = "routing 9 sequences, vocabulary 4,096 (`router`) | the published pipeline | 162 × faster (145 to 190)"
