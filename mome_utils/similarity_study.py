@@ -33,6 +33,7 @@ from mome_utils.representations import (
 from mome_utils.runs import Run
 from mome_utils.similarity import NEIGHBOURS, Space, compare_all
 from mome_utils.similarity_baselines import ALL, permuted, topic_folds
+from mome_utils.sweeps import in_parallel, quiet
 from mome_utils.training import build_model
 
 __all__ = [
@@ -82,12 +83,14 @@ class Collection:
         pad: token id that fills shorter passages.
         folds: groups of topics that are left out in turn (0: none).
         neighbours: k of the neighbourhood measures; fewer where a language has few passages.
+        workers: models that read, and tables of pairs that are made, at once: each in a process of its own.
     """
 
     passages: Mapping[str, Sequence[Passage]]
     pad: int
     folds: int = 0
     neighbours: int = NEIGHBOURS
+    workers: int = 1
     _sources: dict[Ref, _Source] = field(default_factory=dict)
     _states: dict[tuple[Ref, str], States] = field(default_factory=dict)
 
@@ -129,18 +132,21 @@ class Collection:
         return found
 
     def read(self, wanted: Iterable[tuple[Ref, str]]) -> None:
-        """Let models read languages, where they have not yet; each run is loaded once, and one is held at a time."""
+        """Let models read languages, where they have not yet; each run is loaded once, and a worker holds one."""
         todo: dict[tuple[int, bool], list[tuple[Ref, str]]] = {}
         for ref, language in dict.fromkeys(wanted):
             if (ref, language) not in self._states:
                 source = self._sources[ref]
                 todo.setdefault((id(source.run), source.untrained), []).append((ref, language))
+        jobs = []
         for parts in todo.values():
             source = self._sources[parts[0][0]]
-            model = _model(source.run, source.untrained)
-            for ref, language in parts:
-                reader, ids = _reader(model, self._sources[ref].expert), [p.ids for p in self.passages[language]]
-                self._states[ref, language] = hidden_states(reader, ids, pad=self.pad)
+            texts = {language: [p.ids for p in self.passages[language]] for _, language in parts}
+            asked = [(self._sources[ref].expert, language) for ref, language in parts]
+            jobs.append((source.run, source.untrained, asked, texts, self.pad))
+        read = in_parallel(_read_run, jobs, workers=min(self.workers, len(jobs)))
+        for parts, found in zip(todo.values(), read, strict=True):
+            self._states.update(zip(parts, found, strict=True))
 
     def states(self, ref: Ref, language: str) -> States:
         """A model's representations of a language's passages at every layer."""
@@ -157,9 +163,26 @@ class Collection:
         kept = values if fold == ALL else values[self._folds[language] != fold]
         return Space(kept, neighbours=min(self.neighbours, len(kept) - 1), name=f"Layer {layer} of {ref.kind}")
 
+    def last_layers(self, refs: Iterable[Ref], language: str, aggregation: Aggregation) -> Collection:
+        """What models make of a language at their last layers, and no more: small enough to be sent to a process."""
+        states: dict[tuple[Ref, str], States] = {
+            (ref, language): {aggregation: self.states(ref, language)[aggregation][-1:]} for ref in dict.fromkeys(refs)
+        }
+        passages = {language: self.passages[language]}
+        return Collection(passages, self.pad, self.folds, self.neighbours, _states=states)
+
     @cached_property
     def _folds(self) -> dict[str, object]:
         return {language: topic_folds(self.topics(language), self.folds) for language in self.passages}
+
+
+def _read_run(
+    run: Run, untrained: bool, asked: Sequence[tuple[str, str]], texts: Mapping[str, Sequence[Sequence[int]]], pad: int,
+) -> list[States]:
+    """What a run's model, or its experts, make of languages: (name of the expert or "", language), in order."""
+    quiet()
+    model = _model(run, untrained)
+    return [hidden_states(_reader(model, expert), texts[language], pad=pad) for expert, language in asked]
 
 
 def _model(run: Run, untrained: bool) -> PreTrainedModel:
@@ -223,27 +246,41 @@ def pair_rows(
     """Scores of pairs of models at their last layers, of all topics and without each fold of them.
 
     Args:
-        measures: names (by default all). aggregations: of passages.
+        models: what the pairs name.
+        pairs: of models, each with the language that both read.
+        measures: names (by default all).
+        aggregations: of passages.
         jackknifed: whether, or for which measures, folds of topics are left out too.
 
     Returns:
         ``kind, made_for, seed, kind_b, made_for_b, seed_b, language, aggregation, measure, fold, value``.
     """
-    rows = []
     _read(models, pairs)
+    jobs = []
     for language, aggregation in product(dict.fromkeys(pair.language for pair in pairs), aggregations):
         chosen = [pair for pair in pairs if pair.language == language]
-        with threadpool_limits(1):  # in matrices as small as these, threads wait for each other more than they compute
-            for fold in (ALL, *range(models.folds if jackknifed else 0)):
-                names = measures if fold == ALL or jackknifed is True else list(jackknifed or ())
-                spaces = {  # every view is computed once for all pairs of a model, and forgotten with the fold
-                    ref: models.space(ref, language, aggregation, fold=fold)
-                    for ref in dict.fromkeys(ref for pair in chosen for ref in pair[:2])
-                }
-                for a, b, _ in chosen:
-                    for name, value in compare_all(spaces[a], spaces[b], names).items():
-                        rows.append((*a, *b, language, aggregation, name, fold, value))
-    return pd.DataFrame(rows, columns=_COLUMNS)
+        part = models.last_layers((ref for pair in chosen for ref in pair[:2]), language, aggregation)
+        jobs.append((part, chosen, measures, aggregation, jackknifed))
+    parts = in_parallel(_pair_rows, jobs, workers=min(models.workers, len(jobs)))
+    return pd.DataFrame([row for part in parts for row in part], columns=_COLUMNS)
+
+
+def _pair_rows(
+    models: Collection, pairs: Sequence[Pair], measures: Sequence[str] | None, aggregation: Aggregation,
+    jackknifed: bool | Sequence[str],
+) -> list[tuple]:
+    """Rows of :func:`pair_rows` for pairs on one language, in whatever process it lands."""
+    rows = []
+    readers = dict.fromkeys((ref, pair.language) for pair in pairs for ref in pair[:2])
+    with threadpool_limits(1):  # in matrices as small as these, threads wait for each other more than they compute
+        for fold in (ALL, *range(models.folds if jackknifed else 0)):
+            names = measures if fold == ALL or jackknifed is True else list(jackknifed or ())
+            # Every view is computed once for all pairs of a model, and forgotten with the fold.
+            spaces = {ref: models.space(ref, language, aggregation, fold=fold) for ref, language in readers}
+            for a, b, language in pairs:
+                for name, value in compare_all(spaces[a], spaces[b], names).items():
+                    rows.append((*a, *b, language, aggregation, name, fold, value))
+    return rows
 
 
 _COLUMNS = ["kind", "made_for", "seed", "kind_b", "made_for_b", "seed_b", "language", "aggregation", "measure", "fold",
