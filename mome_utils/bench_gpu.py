@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mome_utils.batches import ScheduledBlocks, ValidationSet
 from mome_utils.bench import Alternation, alternate
 from mome_utils.bench_kd import matrix_rate
 from mome_utils.bench_sides import BOS, EOS, Side, train_spec
@@ -34,7 +35,7 @@ from mome_utils.kd_training import KDTrainer
 from mome_utils.models import build_gpt2
 from mome_utils.moe import build_mome
 from mome_utils.moe_config import VARIANTS
-from mome_utils.training import LMTrainer, ScheduledBlocks, ValidationSet, build_model
+from mome_utils.training import LMTrainer, build_model
 
 __all__ = ["gpu"]
 

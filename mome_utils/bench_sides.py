@@ -43,6 +43,7 @@ from transformers import (
 )
 
 from mome_utils.alpha import Signals, make_alpha
+from mome_utils.batches import ScheduledBlocks, ValidationSet
 from mome_utils.config import MomeError, Shape
 from mome_utils.distillation import Objective
 from mome_utils.kd_training import KDTrainer
@@ -54,7 +55,7 @@ from mome_utils.memory import (
     resident_bytes,
 )
 from mome_utils.models import build_gpt2
-from mome_utils.training import LMTrainer, ModelSpec, ScheduledBlocks, TrainSpec, ValidationSet, build_model
+from mome_utils.training import LMTrainer, ModelSpec, TrainSpec, build_model
 
 __all__ = ["Side", "Turn", "Worker", "library_network", "textbook_loop", "train_spec"]
 

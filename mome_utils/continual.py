@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from mome_utils import runs
 from mome_utils.artifacts import DamagedArtifact, Store, digest, source_digest
+from mome_utils.batches import ScheduledBlocks, ValidationSet, model_logits, vocabulary_bytes
 from mome_utils.config import MomeError
 from mome_utils.continual_methods import METHODS, Pull, fisher_diagonal, flat_like, summed, with_replay
 from mome_utils.dataset import StudyData
@@ -31,18 +32,7 @@ from mome_utils.distillation import shifted_divergence
 from mome_utils.models import shifted_ce
 from mome_utils.run_log import RunLog
 from mome_utils.schedules import schedule
-from mome_utils.training import (
-    LMTrainer,
-    ScheduledBlocks,
-    TrainSpec,
-    ValidationSet,
-    build_model,
-    load_gpt2,
-    model_logits,
-    save_model,
-    sound_checkpoint,
-    vocabulary_bytes,
-)
+from mome_utils.training import LMTrainer, TrainSpec, build_model, load_gpt2, save_model, sound_checkpoint
 
 __all__ = ["ContinualSpec", "ContinualTrainer", "run_key", "run_modules", "train_or_load"]
 

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from mome_utils.alpha import Signals, make_alpha
+from mome_utils.batches import model_logits
 from mome_utils.config import MomeError
 from mome_utils.distillation import Objective, micro_losses
 from mome_utils.distributed import Share
 from mome_utils.fused import Head, covers, fused_losses
-from mome_utils.training import LMTrainer, model_logits
+from mome_utils.training import LMTrainer
 
 __all__ = ["KDTrainer"]
 

@@ -24,6 +24,7 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from mome_utils.artifacts import DamagedArtifact, Store, digest, read_manifest, source_digest
+from mome_utils.batches import ScheduledBlocks
 from mome_utils.config import MomeError, Shape
 from mome_utils.dataset import StudyData
 from mome_utils.models import IGNORED, next_tokens
@@ -35,7 +36,7 @@ from mome_utils.runs import STAGE as LANGUAGE_MODELS
 from mome_utils.runs import torch_threads
 from mome_utils.schedules import schedule
 from mome_utils.tagging import Sentence
-from mome_utils.training import ScheduledBlocks, save_model
+from mome_utils.training import save_model
 
 __all__ = [
     "STAGE", "TASKS", "ClassifySpec", "LanguageModelling", "PositionRun", "PretrainSpec", "examples_of", "load_task",

@@ -32,6 +32,7 @@ from mome_utils.artifacts import (
     read_manifest,
     source_digest,
 )
+from mome_utils.batches import ScheduledBlocks, ValidationSet, vocabulary_bytes
 from mome_utils.config import MomeError
 from mome_utils.dataset import StudyData
 from mome_utils.distributed import check_processes, is_main, main_first, processes, wait
@@ -39,17 +40,7 @@ from mome_utils.kd_training import KDTrainer
 from mome_utils.run_log import RunLog
 from mome_utils.schedules import schedule
 from mome_utils.top_k import SparseCache, SparseHead, checked, encode, pack
-from mome_utils.training import (
-    LMTrainer,
-    ScheduledBlocks,
-    TrainSpec,
-    ValidationSet,
-    build_model,
-    load_gpt2,
-    save_model,
-    sound_checkpoint,
-    vocabulary_bytes,
-)
+from mome_utils.training import LMTrainer, TrainSpec, build_model, load_gpt2, save_model, sound_checkpoint
 
 __all__ = [
     "SPARSE", "STAGE", "STATES", "Run", "Source", "cache_folder", "cache_sparse", "cache_teacher", "run_key",
@@ -66,7 +57,7 @@ Source = Callable[[Tensor], Tensor | Mapping[str, Tensor]]
 
 def run_modules(spec: TrainSpec) -> tuple[str, ...]:
     """Modules whose source defines a run's numbers, and so is part of its key."""
-    names = ["models", "schedules", "fused", "distributed", "training", "runs"]
+    names = ["models", "schedules", "batches", "fused", "distributed", "training", "runs"]
     if spec.objective is not None:
         names += ["divergences", "alpha", "alpha_schedules", "distillation", "kd_training"]
     if spec.model.kind != "gpt2":
