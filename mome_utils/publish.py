@@ -147,6 +147,8 @@ def _entry(record: Record, folder: Path, name: str) -> dict[str, Any]:
         "code": record.code,
         "first_run_seconds": round(record.first_run, 1),
         "extended_seconds": round(record.extra, 1),
+        "tokens": {f"{m.stage}/{m.key}": m.metrics["tokens"] for m in manifests if m.stage == "runs"},
+        "extended": sorted(str(Path(name).parent) for name in record.extended),
         "results": [f"{manifest.stage}/{manifest.key}" for manifest in manifests],
         "sources": {k: v for manifest in manifests for k, v in sorted(manifest.sources.items())},
         "figures": _digests(folder / "figures" / name),

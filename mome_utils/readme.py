@@ -42,8 +42,24 @@ def readme_block(root: Path, entries: Mapping[str, Entry]) -> str:
     total = in_words(sum(entry["first_run_seconds"] for entry in study["notebooks"].values()))
     cores = study["cores"]
     asked = " `--arms extended` adds the extended arms; they are shown." if study["arms"] == "extended" else ""
-    lines += ["", f"Together {total} on {cores} processor cores the first time, and seconds after that.{asked}", ""]
+    lines += ["", f"Together {total} on {cores} processor cores the first time, and seconds after that.{asked}"
+              + _trained(study["notebooks"]), ""]
     return "\n".join([*lines, *claims_table(entries, root)])
+
+
+def _trained(notebooks: Mapping[str, Mapping[str, Any]]) -> str:
+    """How many language models the published run trained on how many tokens, each run counted once."""
+    every: dict[str, int] = {}
+    core: dict[str, int] = {}
+    for entry in notebooks.values():
+        every |= entry["tokens"]
+        core |= {run: tokens for run, tokens in entry["tokens"].items() if run not in entry["extended"]}
+
+    def described(runs: Mapping[str, int]) -> str:
+        return f"{len(runs):,} language models on {sum(runs.values()) / 1e6:,.0f} million tokens"
+
+    more = f" (with the extended arms {described(every)})" if len(every) > len(core) else ""
+    return f" It trains {described(core)}{more}." if every else ""
 
 
 def claims_table(entries: Mapping[str, Entry], root: Path | None = None) -> list[str]:

@@ -40,6 +40,7 @@ class Record:
         cells: seconds each executed code cell took, in order.
         first_run: seconds the notebook takes when nothing it makes is in the store, without ``extra``.
         extra: seconds of training that belong to the extended arms.
+        extended: manifests of the runs that only the extended arms use.
         finished: false while it runs, and for good when it does not get to its end.
     """
 
@@ -50,6 +51,7 @@ class Record:
     cells: Sequence[float]
     first_run: float = 0.0
     extra: float = 0.0
+    extended: Sequence[str] = ()
     finished: bool = True
 
     @property

@@ -359,7 +359,9 @@ def _keep_record(folder: Path, notebook: Path, record: Record) -> None:
     if before is not None and (before.code, before.parameters) == (record.code, record.parameters):
         # The last run found results that an earlier one had made.
         first, extra = max(first, before.first_run), max(extra, before.extra)
-    complete = dataclasses.replace(record, manifests=touched["manifests"], first_run=first, extra=extra)
+    complete = dataclasses.replace(
+        record, manifests=touched["manifests"], first_run=first, extra=extra, extended=touched["extended"]
+    )
     write_record(record_path(folder, notebook), complete)
 
 

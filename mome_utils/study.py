@@ -61,8 +61,9 @@ class Study:
     touched: dict[str, str] = field(default_factory=dict)
     #: Seconds of training behind each run, 0 for those trained by this notebook, by manifest.
     loaded: dict[str, float] = field(default_factory=dict)
-    #: The same of runs that belong to the extended arms only.
+    #: Seconds of training behind each run of the extended arms, and those of them trained by this notebook.
     extra: dict[str, float] = field(default_factory=dict)
+    extra_trained: set[str] = field(default_factory=set)
     #: Modules that define the tables kept here, beyond those of claims.
     modules: tuple[str, ...] = ()
     _tables: dict[str, pd.DataFrame] = field(default_factory=dict)
@@ -208,9 +209,12 @@ class Study:
             extra: as in :meth:`runs`.
         """
         self.touch(folder)
-        # Zero for what was trained here: the notebook's own time already holds it, also when asked again.
-        seconds = 0.0 if trained else float(metrics["seconds"]) / self.profile.jobs
-        (self.extra if extra else self.loaded).setdefault(self._name(folder), seconds)
+        name, seconds = self._name(folder), float(metrics["seconds"]) / self.profile.jobs
+        if extra:
+            self.extra.setdefault(name, seconds)
+            self.extra_trained |= {name} if trained else set()
+        else:  # zero for what was trained here: the notebook's own time already holds it, also when asked again
+            self.loaded.setdefault(name, 0.0 if trained else seconds)
 
     def cache_teachers(self, teachers: Sequence[Run]) -> None:
         """Cache every teacher's states for every language, side by side (notebook 02)."""
@@ -387,9 +391,10 @@ class Study:
         self.touch(self.store.path("results", self.notebook))
         extra = {name: seconds for name, seconds in self.extra.items() if name not in self.loaded}
         records = self.store.root / "notebooks"
+        inside = sum(seconds for name, seconds in extra.items() if name in self.extra_trained)  # of the notebook's time
         record = {
-            "notebook": self.notebook, "manifests": self.touched,
-            "run_seconds": seconds_saved(records, self.notebook, self.loaded),
+            "notebook": self.notebook, "manifests": self.touched, "extended": sorted(extra),
+            "run_seconds": seconds_saved(records, self.notebook, self.loaded) - inside,
             "extra_seconds": seconds_saved(records, self.notebook, extra),
         }
         target = records / f"{self.notebook}.touched.json"

@@ -208,7 +208,16 @@ def test_the_readme_tells_the_time_of_the_extended_arms_apart(repository: Path, 
     study["arms"], study["notebooks"]["01_toy"]["extended_seconds"] = "extended", 1500.0
     path.write_text(json.dumps(study), encoding="utf-8")
     assert "(extended arms: 25 min 0 s more) |" in readme_block(repository, entries)
-    assert "`--arms extended` adds the extended arms; they are shown." in readme_block(repository, entries)
+    assert "`--arms extended` adds the extended arms; they are shown.\n" in readme_block(repository, entries)
+    study["notebooks"]["02_again"] = study["notebooks"]["01_toy"] | {
+        "tokens": {"runs/a": 3_000_000, "runs/b": 5_000_000, "runs/c": 6_000_000}, "extended": ["runs/b", "runs/c"],
+    }
+    study["notebooks"]["01_toy"] |= {"tokens": {"runs/c": 6_000_000}, "extended": []}  # core here, so core
+    nbformat.write(toy(), repository / "notebooks" / "02_again.ipynb")
+    path.write_text(json.dumps(study), encoding="utf-8")
+    told = ("shown. It trains 2 language models on 9 million tokens (with the extended arms 3 language models on 14 "
+            "million tokens).")
+    assert told in readme_block(repository, entries)
 
 
 def test_the_results_block_is_replaced_and_the_rest_kept() -> None:

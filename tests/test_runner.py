@@ -35,7 +35,8 @@ FINISH = '''import hashlib, json, os, pathlib
 folder = next(pathlib.Path(os.environ["MOME_ARTIFACTS"]).glob(f"{profile}-*"))
 names = [p for p in sorted(folder.glob("toy/*/manifest.json"))]
 used = {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in names}
-record = {"notebook": NAME, "manifests": used, "run_seconds": 1000.0, "extra_seconds": 7.0}
+record = {"notebook": NAME, "manifests": used, "run_seconds": 1000.0, "extra_seconds": 7.0,
+          "extended": []}
 (folder / "notebooks" / f"{NAME}.touched.json").write_text(json.dumps(record))'''
 
 

@@ -145,6 +145,25 @@ def test_finish_keeps_tables_claims_and_what_was_touched(small, capsys):
     assert "results/test/manifest.json" in touched["manifests"]
 
 
+def test_time_of_extended_arms_is_reported_apart_whether_trained_now_or_before(small):
+    study = opened(small)
+    seconds = {"core, now": 100, "core, before": 200, "extra, now": 400, "extra, before": 800, "both": 1600}
+    folders = {}
+    for name, taken in seconds.items():
+        with study.store.create("runs", name.replace(", ", "-"), inputs={}, parameters={}, modules=[]) as result:
+            result.metrics.update(seconds=taken * study.profile.jobs)
+        folders[name] = study.store.path("runs", name.replace(", ", "-"))
+        trained, extra = name.endswith("now"), name.startswith("extra")
+        study.count_run(folders[name], {"seconds": taken * study.profile.jobs}, trained=trained, extra=extra)
+    study.count_run(folders["both"], {"seconds": 1600 * study.profile.jobs}, trained=False, extra=True)
+    study.finish()
+    path = study.store.root / "notebooks" / f"{study.notebook}.touched.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    # The notebook's own time holds 100 and 400: what it would take without extended arms adds 200 and 1600, less 400.
+    assert record["run_seconds"] == 200 + 1600 - 400 and record["extra_seconds"] == 400 + 800
+    assert record["extended"] == ["runs/extra-before/manifest.json", "runs/extra-now/manifest.json"]
+
+
 def test_markdown_tables_align_numbers_and_escape_bars():
     table = markdown_table(pd.DataFrame({"name": ["a|b", "<s>", "`<s>`"], "n": ["1.0", "2.0", "3.0"]}))
     assert table.splitlines() == [
