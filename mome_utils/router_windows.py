@@ -12,7 +12,7 @@ probabilities are shares, 0 to 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -91,11 +91,8 @@ def document_windows(
     documents, stride = list(documents), size if stride is None else stride
     if size < 1 or stride < 1:
         raise MomeError(f"Windows of {size} tokens every {stride} tokens cannot be cut: use whole numbers above 0.")
-    texts = [document.text for document in documents] or [""]
-    coded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=True)
     ids, starts, regions, owners = [], [], [], []
-    for number, document in enumerate(documents):
-        tokens = np.array(coded["input_ids"][number], dtype=np.int32)
+    for number, (document, (tokens, offsets)) in enumerate(zip(documents, _tokens(tokenizer, documents), strict=True)):
         first = np.arange(0, len(tokens) - size + 1, stride)
         if not len(first):
             continue
@@ -104,7 +101,7 @@ def document_windows(
         starts.append(first)
         owners.append(np.full(len(first), number))
         if document.language.lower() in PYTHON_CODES:
-            inside = _tokens_in_text(document.text, np.array(coded["offset_mapping"][number]))
+            inside = _tokens_in_text(document.text, offsets)
             regions.append(np.where(2 * inside[places].sum(1) > size, TEXT_IN_CODE, CODE))
         else:
             regions.append(np.full(len(first), PROSE))
@@ -113,6 +110,17 @@ def document_windows(
     language, topic = np.array([[d.language, d.id] for d in documents], dtype=object)[np.concatenate(owners)].T
     region = np.concatenate(regions).astype(object)
     return Windows(np.concatenate(ids), language, topic, region, np.concatenate(starts))
+
+
+def _tokens(
+    tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document], *, batch: int = 64
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Ids [T] and character ranges [T, 2] of each document; few at a time, since the tokenizer gives them as lists."""
+    for start in range(0, len(documents), batch):
+        texts = [document.text for document in documents[start : start + batch]]
+        coded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=True)
+        for ids, offsets in zip(coded["input_ids"], coded["offset_mapping"], strict=True):
+            yield np.array(ids, dtype=np.int32), np.array(offsets).reshape(-1, 2)
 
 
 def _tokens_in_text(source: str, offsets: np.ndarray) -> np.ndarray:

@@ -26,7 +26,7 @@ from mome_utils.artifacts import Store
 from mome_utils.continual import train_or_load
 from mome_utils.dataset import StudyData
 from mome_utils.evaluation import score_documents
-from mome_utils.memory import keep_freed_memory
+from mome_utils.memory import keep_freed_memory, release_freed_memory
 from mome_utils.runs import STAGE, Run, cache_teacher, run_key, torch_threads
 from mome_utils.training import TrainSpec
 
@@ -67,6 +67,7 @@ def in_parallel(
                 watch(len(results))
         return results
     done = Event()
+    release_freed_memory()  # what this process has kept for its next tensors is wanted by the workers now
     # An error or an interruption closes a generator, and joblib then ends its workers. Not every backend has them.
     backend = joblib.parallel.get_active_backend()[0]
     parallel = joblib.Parallel(
@@ -100,7 +101,10 @@ def _elsewhere() -> bool:
 def _alone(function: Callable[..., Any], job: tuple) -> Any:
     """A job that has its process to itself, also where a backend runs several threads in one."""
     with _ALONE:
-        return function(*job)
+        try:
+            return function(*job)
+        finally:
+            release_freed_memory()  # the next job may be of another kind
 
 
 def quiet() -> None:
