@@ -37,8 +37,7 @@ from scipy import stats
 from mome_utils import forgetting
 from mome_utils.claims import CLAIMS, Claim
 from mome_utils.config import MomeError
-from mome_utils.crossed import crossed_limits
-from mome_utils.intervals import DRAWS, Interval, Statistic, cube, mean_of_cells, resample
+from mome_utils.intervals import DRAWS, Interval, Statistic, combine, cube, mean_of_cells, resample
 
 __all__ = ["SOURCES", "Evidence", "Reported", "Sampled", "Source", "contradictions", "evidence_rows",
            "read_evidence", "reports", "settled_in"]
@@ -72,8 +71,8 @@ class Sampled:
     documents: int
 
     def at(self, level: float = LEVEL) -> Interval:
-        """The interval over seeds and documents, crossed (:func:`mome_utils.crossed.crossed_limits`)."""
-        return crossed_limits(self.point, self.sampled, self.documents, level)
+        """The interval over seeds and documents, crossed (:func:`mome_utils.intervals.combine`)."""
+        return combine(self.point, self.sampled, documents=self.documents, level=level)
 
 
 @dataclass(frozen=True)

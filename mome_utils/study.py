@@ -34,9 +34,9 @@ DATASET_MODULES = tuple(f"mome_utils.{m}" for m in ("corpus", "tokenization", "b
 SCORE_MODULES = ("mome_utils.evaluation",)
 ROUTER_MODULES = tuple(f"mome_utils.{m}" for m in ("router_fit", "router_trials", "router_calibration", "routing"))
 #: What a verdict rests on besides the rows: a changed margin makes the notebooks that settle claims stale.
-CLAIM_MODULES = ("mome_utils.claims", "mome_utils.intervals")
+CLAIM_MODULES = tuple(f"mome_utils.{m}" for m in ("claims", "crossed", "intervals"))
 #: The same for the notebook that reads the results of all others.
-LEDGER_MODULES = tuple(f"mome_utils.{m}" for m in ("crossed", "evidence", "ledger", "calibration"))
+LEDGER_MODULES = tuple(f"mome_utils.{m}" for m in ("evidence", "ledger", "calibration"))
 #: Profile fields that decide the data set, and so its key.
 DATASET_FIELDS = (
     "topics", "vocab_size", "block_size", "validation_fraction", "test_fraction", "max_diff_percent",

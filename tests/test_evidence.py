@@ -12,7 +12,7 @@ from study_results import LANGUAGES, SEEDS, report, score_rows, small_study, wri
 
 from mome_utils.claims import CLAIMS
 from mome_utils.config import MomeError
-from mome_utils.crossed import crossed_limits, variance_parts
+from mome_utils.crossed import variance_parts
 from mome_utils.evidence import SOURCES, Reported, Sampled, contradictions, evidence_rows, read_evidence, reports
 from mome_utils.intervals import Interval, combine, paired_interval
 
@@ -109,18 +109,19 @@ def test_one_source_of_chance_gives_its_own_exact_interval() -> None:
     point = np.array([0.1, 0.4, 0.2])
     flat = np.broadcast_to(point, (500, 3))
     exact = stats.t.interval(0.9, 2, point.mean(), stats.sem(point))
-    found = crossed_limits(point, flat, 40, 0.9)
+    found = combine(point, flat, documents=40, level=0.9)
     assert (found.low, found.high) == (pytest.approx(exact[0]), pytest.approx(exact[1]))
-    alone = crossed_limits(point, np.empty((0, 3)), 0, 0.9)
+    alone = combine(point, np.empty((0, 3)), documents=0, level=0.9)
     assert (alone.low, alone.high) == (pytest.approx(exact[0]), pytest.approx(exact[1]))
-    nothing = crossed_limits(np.array([1.0]), np.empty((0, 1)), 0)
+    nothing = combine(np.array([1.0]), np.empty((0, 1)), documents=0)
     assert (nothing.low, nothing.high) == (-np.inf, np.inf)
 
 
 def test_documents_alone_decide_where_there_is_one_seed() -> None:
     sampled = np.random.default_rng(0).normal(2.0, 0.1, (4000, 1))
-    found, known = crossed_limits(np.array([2.0]), sampled, 30), combine(np.array([2.0]), sampled, documents=30)
-    assert (found.low, found.high) == (pytest.approx(known.low), pytest.approx(known.high))
+    found = combine(np.array([2.0]), sampled, documents=30)
+    half = stats.t.ppf(0.975, 29) * sampled.std() * (30 / 29) ** 0.5
+    assert (found.low, found.high) == (pytest.approx(2 - half), pytest.approx(2 + half))
 
 
 def test_the_parts_of_the_variance_are_those_of_the_model() -> None:
@@ -130,6 +131,7 @@ def test_the_parts_of_the_variance_are_those_of_the_model() -> None:
     for _ in range(300):
         y = chance.normal(size=(3, 1)) + 2 * chance.normal(size=50) + 3 * chance.normal(size=(3, 50))
         parts.append(variance_parts(y.mean(1), weights @ y.T, 50))
-    of_seeds, of_documents = np.mean(parts, axis=0)
+    of_seeds, of_documents, of_both = np.mean(parts, axis=0)
     assert of_seeds == pytest.approx(1 / 3 + 9 / 150, rel=0.15)
-    assert of_documents == pytest.approx(4 / 50, rel=0.15)
+    assert of_documents == pytest.approx(4 / 50 + 9 / 150, rel=0.15)
+    assert of_both == pytest.approx(9 / 150, rel=0.15)
