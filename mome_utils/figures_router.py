@@ -144,7 +144,7 @@ def calibration_curves(df: pd.DataFrame, least: int = 30) -> Figure:
     """Accuracy against confidence, a panel per length of text; below the diagonal the router is too sure.
 
     df: ``panel``, ``series`` (for example before and after), ``confidence``, ``accuracy`` (shares), ``sequences``:
-    rows of :func:`mome_utils.router_windows.reliability`. least: bins with fewer sequences are left out.
+    rows of :func:`mome_utils.router_confidence.reliability`. least: bins with fewer sequences are left out.
     """
     require(df, ("panel", "series", "confidence", "accuracy", "sequences"), ("confidence", "accuracy", "sequences"))
     names, series = unique(df["panel"]), unique(df["series"])
