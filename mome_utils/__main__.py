@@ -37,8 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _study(options: argparse.Namespace) -> int:
+    from mome_utils.places import project_root
     from mome_utils.runner import CellFailed, run_study
-    from mome_utils.study import project_root
 
     request = _request(options)
     try:
@@ -52,7 +52,7 @@ def _study(options: argparse.Namespace) -> int:
 
 def _batch(options: argparse.Namespace) -> int:
     from mome_utils.batch import DONE, grid, run_batch
-    from mome_utils.study import project_root
+    from mome_utils.places import project_root
 
     axes: dict[str, list[Any]] = {}
     if options.grid:
@@ -81,9 +81,9 @@ def _grid_file(path: Path) -> dict[str, list[Any]]:
 
 
 def _report(options: argparse.Namespace) -> int:
+    from mome_utils.places import artifacts_root, project_root
     from mome_utils.readme import RESULTS
     from mome_utils.report import ledger_text, write_pages, write_report
-    from mome_utils.study import artifacts_root, project_root
 
     if options.profile:
         _show_run(_request(options))
@@ -98,8 +98,8 @@ def _report(options: argparse.Namespace) -> int:
 def _show_run(request: Any) -> None:
     """Print the ledger of a run, write its report and print where that is."""
     from mome_utils.ledger import ledger
+    from mome_utils.places import project_root
     from mome_utils.report import ledger_text, write_pages
-    from mome_utils.study import project_root
 
     _, folder = request.resolve()
     print(ledger_text(ledger(folder / "results")))
@@ -114,8 +114,8 @@ def _shown(path: Path) -> str:
 
 def _status(options: argparse.Namespace) -> int:
     from mome_utils.overview import in_words
+    from mome_utils.places import project_root
     from mome_utils.runner import plan_study, select_notebooks
-    from mome_utils.study import project_root
 
     request = _request(options)
     resolved, folder = request.resolve()
@@ -133,8 +133,8 @@ def _status(options: argparse.Namespace) -> int:
 
 def _dataset(options: argparse.Namespace) -> int:
     from mome_utils.corpus import load_corpus
+    from mome_utils.places import project_root
     from mome_utils.resource import create_resource
-    from mome_utils.study import project_root
 
     corpus = load_corpus(_corpus(options.corpus), _items(options.langs) or None, root=project_root())
     manifest = create_resource(
@@ -164,9 +164,9 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _publish(options: argparse.Namespace) -> int:
+    from mome_utils.places import project_root
     from mome_utils.publish import publish
     from mome_utils.runner import Request
-    from mome_utils.study import project_root
 
     print(publish(project_root(), Request(arms=options.arms)))
     return 0
@@ -174,7 +174,7 @@ def _publish(options: argparse.Namespace) -> int:
 
 def _bench(options: argparse.Namespace) -> int:
     from mome_utils.bench import run_benchmark, table
-    from mome_utils.study import project_root
+    from mome_utils.places import project_root
 
     root = project_root()
     out = options.out or root / "data" / "benchmarks" / f"{options.name}.json"

@@ -25,10 +25,10 @@ from mome_utils.artifacts import digest, write_atomic
 from mome_utils.config import MomeError, Profile
 from mome_utils.ledger import ledger, ledger_table
 from mome_utils.pages import INDEX, html_table, page
+from mome_utils.places import artifacts_root, study_folder
 from mome_utils.readme import effect_text
 from mome_utils.report import DIGITS, write_pages
 from mome_utils.runner import CellFailed, Request, own_parameters, read_notebook, run_study, select_notebooks
-from mome_utils.study import artifacts_root, study_folder
 
 if TYPE_CHECKING:
     import pandas as pd

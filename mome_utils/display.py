@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 from IPython.display import DisplayHandle, Markdown
 
-__all__ = ["SweepProgress", "markdown_table"]
+__all__ = ["SweepProgress", "markdown_table", "rounded"]
 
 
 def markdown_table(table: pd.DataFrame) -> str:
@@ -17,6 +17,15 @@ def markdown_table(table: pd.DataFrame) -> str:
     lines = [[_cell(c) for c in table.columns], ["---:" if n else "---" for n in numeric]]
     lines += [[_cell(value) for value in row] for row in table.itertuples(index=False)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def rounded(table: pd.DataFrame, digits: int) -> pd.DataFrame:
+    """A copy whose numbers, but for whole ones, are texts with ``digits`` decimals; empty where one is missing."""
+    shown = table.copy()
+    for column in shown.select_dtypes("number").columns:
+        if not pd.api.types.is_integer_dtype(shown[column]):
+            shown[column] = shown[column].map(lambda v: "" if pd.isna(v) else f"{v:.{digits}f}")
+    return shown
 
 
 def _cell(value: object) -> str:

@@ -151,9 +151,7 @@ def position_runs(study: Study, specs: Sequence[Spec], *, extra: bool = False) -
     in_parallel(_train_job, jobs, workers=max(1, min(study.profile.jobs, len(jobs))))
     found = [train_or_load(spec, study.store, study.data()) for spec in specs]
     for run in {run.key: run for run in found}.values():
-        study.touch(run.folder)
-        seconds = 0.0 if run.key in todo else float(run.metrics["seconds"]) / study.profile.jobs
-        (study.extra if extra else study.loaded).setdefault(study._name(run.folder), seconds)
+        study.count_run(run.folder, run.metrics, trained=run.key in todo, extra=extra)
     return found
 
 
@@ -185,8 +183,9 @@ def score_runs(study: Study, runs: Mapping[tuple[str, str, str], Sequence[Positi
     """
     names = ("position_counts", "position_losses", "position_attention")
     every = {run.key: run for group in runs.values() for run in group}
-    keys = {key: [study._score_key(n, {"run": key, "copies": copies}, _SCORE_MODULES) for n in names] for key in every}
-    todo = [k for k, parts in keys.items() if any(study.store.load("scores", part) is None for part in parts)]
+    scores = study.scores
+    keys = {key: [scores.key(n, {"run": key, "copies": copies}, _SCORE_MODULES) for n in names] for key in every}
+    todo = [key for key, parts in keys.items() if not all(scores.has(part) for part in parts)]
     jobs = []
     for key in todo:
         spec = every[key].spec
@@ -195,10 +194,10 @@ def score_runs(study: Study, runs: Mapping[tuple[str, str, str], Sequence[Positi
     tables = in_parallel(score_job, jobs, workers=max(1, min(study.profile.jobs, len(jobs))))
     for key, made in zip(todo, tables, strict=True):
         for part, table in zip(keys[key], made, strict=True):
-            study._save_scores(part, table, {"position_run": key, "copies": copies}, _SCORE_MODULES)
+            scores.save(part, table, {"position_run": key, "copies": copies}, _SCORE_MODULES)
     found: tuple[list[pd.DataFrame], ...] = ([], [], [])
     for (task, model, arm), group in runs.items():
         for run in group:
             for rows, part in zip(found, keys[run.key], strict=True):
-                rows.append(study._read_scores(part).assign(task=task, model=model, arm=arm, seed=run.spec.seed))
+                rows.append(scores.read(part).assign(task=task, model=model, arm=arm, seed=run.spec.seed))
     return Scores(*(pd.concat(rows, ignore_index=True) for rows in found))

@@ -18,7 +18,7 @@ from mome_utils.artifacts import MANIFEST, digest, file_digest, read_manifest, s
 from mome_utils.config import MomeError
 
 __all__ = ["EVERY", "SKIPPED_TAGS", "Record", "code_digest", "is_skipped", "is_stale", "listing", "read_record",
-           "stale_reason", "tags", "write_record"]
+           "seconds_saved", "stale_reason", "tags", "write_record"]
 
 #: Cells that a run of the study leaves alone: the reader's own work, and its solution.
 SKIPPED_TAGS = frozenset({"exercise", "solution"})
@@ -154,3 +154,18 @@ def _manifest_problem(path: Path, expected: str, source_now: Callable[[str], str
         if not file.is_file() or file.stat().st_size != entry["bytes"]:
             return f"is damaged ({name})"
     return None
+
+
+def seconds_saved(records: Path, notebook: str, loaded: Mapping[str, float]) -> float:
+    """What a first run would have spent on training beyond this one: loaded runs that no notebook before uses.
+
+    Args:
+        records: folder of what the notebooks touched, ``<notebook>.touched.json``.
+        notebook: the one that loaded them.
+        loaded: seconds of training behind each run, by manifest.
+    """
+    earlier: set[str] = set()
+    for record in records.glob("*.touched.json"):
+        if record.name < f"{notebook}.touched.json":
+            earlier |= json.loads(record.read_text(encoding="utf-8"))["manifests"].keys()
+    return sum(seconds for name, seconds in loaded.items() if name not in earlier)

@@ -1,10 +1,12 @@
-"""What a notebook opens: the profile, the corpus, the store of results, and how results are shown and kept."""
+"""What a notebook opens: the profile, the corpus, the store of results, and how results are shown and kept.
+
+Where things lie says :mod:`mome_utils.places`; its names are here for notebooks.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +15,14 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from IPython.display import Image, Markdown, display
 
-from mome_utils.artifacts import Store, digest, file_digest, source_digest, write_atomic
+from mome_utils.artifacts import Store, canonical_json, digest, file_digest, source_digest, write_atomic
 from mome_utils.config import MomeError, Profile, load_profile
 from mome_utils.corpus import Corpus, load_corpus
-from mome_utils.display import SweepProgress, markdown_table
+from mome_utils.display import SweepProgress, markdown_table, rounded
 from mome_utils.memory import keep_freed_memory
+from mome_utils.places import artifacts_root, project_root, study_folder
+from mome_utils.records import EVERY, listing, seconds_saved
+from mome_utils.score_store import SCORE_MODULES, ScoreStore
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,7 +36,6 @@ if TYPE_CHECKING:
 __all__ = ["Study", "artifacts_root", "project_root", "study_folder"]
 
 DATASET_MODULES = tuple(f"mome_utils.{m}" for m in ("corpus", "tokenization", "balance", "dataset"))
-SCORE_MODULES = ("mome_utils.evaluation",)
 ROUTER_MODULES = tuple(f"mome_utils.{m}" for m in ("router_fit", "router_trials", "router_calibration", "routing"))
 #: What a verdict rests on besides the rows: a changed margin makes the notebooks that settle claims stale.
 CLAIM_MODULES = tuple(f"mome_utils.{m}" for m in ("claims", "crossed", "intervals"))
@@ -42,27 +46,6 @@ DATASET_FIELDS = (
     "topics", "vocab_size", "block_size", "validation_fraction", "test_fraction", "max_diff_percent",
     "common_documents",
 )
-
-
-def project_root() -> Path:
-    """The checkout: the nearest folder above the working one that holds the notebooks, else where the package lies."""
-    here = Path.cwd().resolve()
-    for folder in (here, *here.parents):
-        if (folder / "notebooks").is_dir() and (folder / "mome_utils").is_dir():
-            return folder
-    return Path(__file__).resolve().parent.parent
-
-
-def artifacts_root() -> Path:
-    """Where runs write: ``data/artifacts`` of the checkout, or the folder that ``MOME_ARTIFACTS`` names."""
-    named = os.environ.get("MOME_ARTIFACTS")
-    return Path(named).expanduser().resolve() if named else project_root() / "data" / "artifacts"
-
-
-def study_folder(profile: str, corpus: str = "embedded") -> Path:
-    """Folder of everything one profile makes on one corpus; other corpora than the embedded lie beside it."""
-    name = profile if corpus == "embedded" else f"{profile}-{digest(str(Path(corpus).expanduser().resolve()))[:8]}"
-    return artifacts_root() / name
 
 
 @dataclass
@@ -122,15 +105,13 @@ class Study:
 
     def _introduce(self) -> None:
         import torch
-        import transformers
 
+        from mome_utils.sweeps import quiet
         from mome_utils.training import resolve_dtype
 
-        # Bars that a library draws while it loads a model would stay in the notebook for good.
-        transformers.utils.logging.disable_progress_bar()
-        # It warns of masks that are missing wherever a full block happens to end with </s>, our padding token.
-        transformers.utils.logging.set_verbosity_error()
-
+        # Bars that transformers draws while it loads a model would stay in the notebook for good, and it warns of
+        # masks that are missing wherever a full block happens to end with </s>, our padding token.
+        quiet()
         device = "GPU" if torch.cuda.is_available() else "CPU"
         rows = [
             ("profile", self.profile.name),
@@ -212,14 +193,24 @@ class Study:
             for key, spec in zip(keys, specs, strict=True)
         ]
         for run in {run.key: run for run in runs}.values():
-            self.touch(run.folder)
-            trained = run.key in todo
-            # Zero for what was trained here: the notebook's own time already holds it, also when asked again.
-            seconds = 0.0 if trained else float(run.metrics["seconds"]) / self.profile.jobs
-            (self.extra if extra else self.loaded).setdefault(self._name(run.folder), seconds)
+            self.count_run(run.folder, run.metrics, trained=run.key in todo, extra=extra)
         if not todo:
             display(Markdown(f"*{loaded} runs loaded from the store.*"))
         return runs
+
+    def count_run(self, folder: Path, metrics: Mapping[str, Any], *, trained: bool, extra: bool = False) -> None:
+        """Note that this notebook used the run in ``folder``, and the seconds of training behind it.
+
+        Args:
+            folder: the run's.
+            metrics: the run's; ``seconds`` is read.
+            trained: by this notebook, just now.
+            extra: as in :meth:`runs`.
+        """
+        self.touch(folder)
+        # Zero for what was trained here: the notebook's own time already holds it, also when asked again.
+        seconds = 0.0 if trained else float(metrics["seconds"]) / self.profile.jobs
+        (self.extra if extra else self.loaded).setdefault(self._name(folder), seconds)
 
     def cache_teachers(self, teachers: Sequence[Run]) -> None:
         """Cache every teacher's states for every language, side by side (notebook 02)."""
@@ -236,6 +227,11 @@ class Study:
 
     # --------------------------------------------------------------- scores
 
+    @property
+    def scores(self) -> ScoreStore:
+        """The tables of scores on this data set that the store holds; what is read there is touched."""
+        return ScoreStore(self.store, self.data().fingerprint, self.profile.stride, self.touch)
+
     def score(
         self, runs: Run | Sequence[Run], languages: Sequence[str] | None = None, *, step: int | None = None,
         split: str = "test",
@@ -251,18 +247,18 @@ class Study:
         from mome_utils.runs import Run
         from mome_utils.sweeps import in_parallel, score_job
 
-        runs = [runs] if isinstance(runs, Run) else list(runs)
+        runs, scores = [runs] if isinstance(runs, Run) else list(runs), self.scores
         wanted: list[tuple[str, tuple]] = []
         for run in runs:
             codes = tuple(languages or run.spec.languages)
-            key = self._score_key("documents", {"run": run.key, "languages": codes, "step": step, "split": split})
+            key = scores.key("documents", {"run": run.key, "languages": codes, "step": step, "split": split})
             job = (run.spec, run.folder, step, codes, split, self.profile.stride, self.data().path)
             wanted.append((key, job))
-        todo = {key: job for key, job in wanted if self.store.load("scores", key) is None}
+        todo = {key: job for key, job in wanted if not scores.has(key)}
         tables = in_parallel(score_job, list(todo.values()), workers=max(1, min(self.profile.jobs, len(todo))))
         for (key, job), table in zip(todo.items(), tables, strict=True):
-            self._save_scores(key, table, {"run": job[1].name, "languages": job[3], "step": step, "split": split})
-        scored = [self._read_scores(key).assign(run=run.key, seed=run.spec.seed)
+            scores.save(key, table, {"run": job[1].name, "languages": job[3], "step": step, "split": split})
+        scored = [scores.read(key).assign(run=run.key, seed=run.spec.seed)
                   for (key, _), run in zip(wanted, runs, strict=True)]
         return pd.concat(scored, ignore_index=True)
 
@@ -292,28 +288,11 @@ class Study:
         modules: Sequence[str] = SCORE_MODULES,
     ) -> pd.DataFrame:
         """A table computed once: ``inputs`` (keys of runs, settings) and the sources of ``modules`` are its key."""
-        key = self._score_key(name, inputs, modules)
-        if self.store.load("scores", key) is None:
-            self._save_scores(key, compute(), dict(inputs), modules)
-        return self._read_scores(key)
-
-    def _score_key(self, name: str, inputs: Mapping[str, Any], modules: Sequence[str] = SCORE_MODULES) -> str:
-        return digest({
-            "name": name, "inputs": inputs, "data": self.data().fingerprint, "stride": self.profile.stride,
-            "sources": [source_digest(m) for m in modules],
-        })
-
-    def _save_scores(
-        self, key: str, table: pd.DataFrame, parameters: Mapping[str, Any], modules: Sequence[str] = SCORE_MODULES
-    ) -> None:
-        inputs = {"data": self.data().fingerprint}
-        with self.store.create("scores", key, inputs=inputs, parameters=parameters, modules=modules) as result:
-            table.to_parquet(result.folder / "rows.parquet", index=False)
-
-    def _read_scores(self, key: str) -> pd.DataFrame:
-        folder = self.store.path("scores", key)
-        self.touch(folder)
-        return pd.read_parquet(folder / "rows.parquet")
+        scores = self.scores
+        key = scores.key(name, inputs, modules)
+        if not scores.has(key):
+            scores.save(key, compute(), dict(inputs), modules)
+        return scores.read(key)
 
     # --------------------------------------------------------------- router
 
@@ -352,10 +331,7 @@ class Study:
 
     def table(self, table: pd.DataFrame, *, caption: str = "", digits: int = 3) -> None:
         """Display a table with its numbers rounded and its caption below."""
-        shown = table.copy()
-        for column in shown.select_dtypes("number").columns:
-            if not pd.api.types.is_integer_dtype(shown[column]):
-                shown[column] = shown[column].map(lambda v: "" if pd.isna(v) else f"{v:.{digits}f}")
+        shown = rounded(table, digits)
         display(Markdown(markdown_table(shown if isinstance(shown.index, pd.RangeIndex) else shown.reset_index())))
         if caption:
             display(Markdown(f"*{caption}*"))
@@ -387,8 +363,6 @@ class Study:
 
     def touch_results(self) -> Path:
         """Note that this notebook reads the tables of all others, whichever there are; the folder they lie in."""
-        from mome_utils.records import EVERY, listing
-
         results = self.store.root / "results"
         for manifest in sorted(results.glob("*/manifest.json")):
             if manifest.parent.name != self.notebook:
@@ -401,18 +375,8 @@ class Study:
         """A result's manifest, relative to the store."""
         return (folder / "manifest.json").relative_to(self.store.root).as_posix()
 
-    def _first_run_seconds(self, loaded: Mapping[str, float]) -> float:
-        """What a first run would have spent on training beyond this one: loaded runs that no notebook before uses."""
-        earlier: set[str] = set()
-        for record in (self.store.root / "notebooks").glob("*.touched.json"):
-            if record.name < f"{self.notebook}.touched.json":
-                earlier |= json.loads(record.read_text(encoding="utf-8"))["manifests"].keys()
-        return sum(seconds for name, seconds in loaded.items() if name not in earlier)
-
     def finish(self) -> None:
         """Write the result tables, and what this notebook touched; the last cell of every notebook."""
-        from mome_utils.artifacts import canonical_json
-
         settled = CLAIM_MODULES if "claims" in self._tables else ()
         with self.store.create(
             "results", self.notebook, inputs=dict(self.touched), parameters=self.profile,
@@ -422,11 +386,13 @@ class Study:
                 table.to_parquet(result.folder / f"{name}.parquet", index=False)
         self.touch(self.store.path("results", self.notebook))
         extra = {name: seconds for name, seconds in self.extra.items() if name not in self.loaded}
+        records = self.store.root / "notebooks"
         record = {
             "notebook": self.notebook, "manifests": self.touched,
-            "run_seconds": self._first_run_seconds(self.loaded), "extra_seconds": self._first_run_seconds(extra),
+            "run_seconds": seconds_saved(records, self.notebook, self.loaded),
+            "extra_seconds": seconds_saved(records, self.notebook, extra),
         }
-        target = self.store.root / "notebooks" / f"{self.notebook}.touched.json"
+        target = records / f"{self.notebook}.touched.json"
         write_atomic(target, json.dumps(json.loads(canonical_json(record)), indent=1) + "\n")
         names = ", ".join(self._tables) or "no tables"
         display(Markdown(f"Saved for the notebooks that follow: {names}."))

@@ -128,7 +128,7 @@ def test_results_lie_with_the_project_by_default(tmp_path, monkeypatch):
         return [{"rounds": rounds, "there": root == tmp_path}]
 
     monkeypatch.setattr(bench, "BENCHMARKS", {"router": noted})
-    monkeypatch.setattr("mome_utils.study.project_root", lambda: tmp_path)
+    monkeypatch.setattr("mome_utils.places.project_root", lambda: tmp_path)
     assert main(["bench", "router"]) == 0
     content = json.loads((tmp_path / "data/benchmarks/router.json").read_text(encoding="utf-8"))
     assert content["rows"] == [{"rounds": 7, "there": True}]

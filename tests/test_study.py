@@ -1,6 +1,7 @@
 """What a notebook opens: parameters checked before any work, results found, shown and kept."""
 
 import json
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -10,7 +11,8 @@ from mome_utils.config import MomeError
 from mome_utils.display import markdown_table
 from mome_utils.figures import token_bars
 from mome_utils.intervals import Interval
-from mome_utils.study import Study, study_folder
+from mome_utils.places import study_folder
+from mome_utils.study import Study
 
 
 @pytest.fixture
@@ -103,6 +105,26 @@ def test_cached_rows_are_computed_once_per_input(small):
     assert study.cached_rows("t", {"a": 1}, compute)["value"].tolist() == [1]
     assert study.cached_rows("t", {"a": 1}, compute)["value"].tolist() == [1]
     assert study.cached_rows("t", {"a": 2}, compute)["value"].tolist() == [2]
+
+
+def test_a_table_of_scores_belongs_to_its_inputs_and_code_and_is_touched_when_read(small):
+    study = opened(small)
+    study.build_data()
+    scores, table = study.scores, pd.DataFrame({"nats": [1.5, 2.5]})
+    key = scores.key("documents", {"run": "r"})
+    assert key == opened(small).scores.key("documents", {"run": "r"})
+    others = {scores.key("other", {"run": "r"}), scores.key("documents", {"run": "s"}),
+              scores.key("documents", {"run": "r"}, ["mome_utils.models"]),
+              replace(scores, data="other").key("documents", {"run": "r"}),
+              replace(scores, stride=scores.stride + 1).key("documents", {"run": "r"})}
+    assert len(others) == 5 and key not in others and not scores.has(key)
+    scores.save(key, table, {"run": "r"})
+    assert scores.has(key) and f"scores/{key}/manifest.json" not in study.touched
+    pd.testing.assert_frame_equal(scores.read(key), table)
+    assert f"scores/{key}/manifest.json" in study.touched
+    (study.store.path("scores", key) / "rows.parquet").write_bytes(b"damaged")
+    with pytest.raises(DamagedArtifact, match="rows.parquet"):
+        scores.has(key)
 
 
 def test_finish_keeps_tables_claims_and_what_was_touched(small, capsys):

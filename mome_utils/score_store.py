@@ -1,0 +1,70 @@
+"""Tables of scores in the store: computed once for their inputs, their settings and the code that makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from mome_utils.artifacts import Store, digest, source_digest
+
+__all__ = ["SCORE_MODULES", "ScoreStore"]
+
+#: Modules that define the scores of documents.
+SCORE_MODULES = ("mome_utils.evaluation",)
+_STAGE = "scores"
+
+
+@dataclass(frozen=True)
+class ScoreStore:
+    """The tables of scores on one data set.
+
+    Attributes:
+        store: where they lie.
+        data: fingerprint of the data set.
+        stride: tokens from one window to the next, see :func:`mome_utils.evaluation.score_documents`.
+        touch: called with the folder of each table that is read.
+    """
+
+    store: Store
+    data: str
+    stride: int
+    touch: Callable[[Path], None]
+
+    def key(self, name: str, inputs: Mapping[str, Any], modules: Sequence[str] = SCORE_MODULES) -> str:
+        """Name of a table in the store.
+
+        Args:
+            name: what it is.
+            inputs: keys of runs, and settings.
+            modules: whose sources decide what it holds.
+        """
+        return digest({
+            "name": name, "inputs": inputs, "data": self.data, "stride": self.stride,
+            "sources": [source_digest(m) for m in modules],
+        })
+
+    def has(self, key: str) -> bool:
+        """Whether the table is there.
+
+        Raises:
+            DamagedArtifact: it is, but its bytes have changed.
+        """
+        return self.store.load(_STAGE, key) is not None
+
+    def save(
+        self, key: str, table: pd.DataFrame, parameters: Mapping[str, Any], modules: Sequence[str] = SCORE_MODULES
+    ) -> None:
+        """Keep a table under its :meth:`key`; ``parameters`` and ``modules`` are noted in its manifest."""
+        inputs = {"data": self.data}
+        with self.store.create(_STAGE, key, inputs=inputs, parameters=parameters, modules=modules) as result:
+            table.to_parquet(result.folder / "rows.parquet", index=False)
+
+    def read(self, key: str) -> pd.DataFrame:
+        """A table that is there, touched."""
+        folder = self.store.path(_STAGE, key)
+        self.touch(folder)
+        return pd.read_parquet(folder / "rows.parquet")
