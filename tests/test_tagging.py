@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from random import Random
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from seqeval.metrics import f1_score
+from seqeval.metrics.sequence_labeling import get_entities
+from seqeval.scheme import IOB2
 
 from mome_utils.config import MomeError
 from mome_utils.corpus import Document
 from mome_utils.models import IGNORED
+from mome_utils.position_scores import SPAN, count_matches
 from mome_utils.position_tasks import Task, TaskSpec, label_positions, sample, tag_words, task_specs
 from mome_utils.tagging import Sentence, Tagged, entity_spans, sentences, to_bio
 from mome_utils.tagging_entities import tag_entities
@@ -108,6 +116,40 @@ def test_iob1_becomes_bio() -> None:
 ])
 def test_spans_as_the_conll_evaluation_reads_them(labels: list[str], spans: set) -> None:
     assert entity_spans(labels) == spans
+
+
+BIO = ("O", "B-X", "I-X", "B-Y", "I-Y")  # any order of them: an I- after O or after another kind, too
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.lists(st.lists(st.tuples(*[st.sampled_from(range(len(BIO)))] * 2), min_size=1, max_size=12), min_size=1,
+                max_size=6))
+def test_spans_and_their_f1_are_those_of_seqeval(tagged: list[list[tuple[int, int]]]) -> None:
+    """In its default mode, that of the CoNLL evaluation; the taggings are any, malformed ones among them."""
+    task = Task("t", BIO, True, (), ())
+    counts = np.zeros(3)
+    sides: tuple[list[list[str]], list[list[str]]] = ([], [])
+    for pairs in tagged:
+        true, said = ([pair[side] for pair in pairs] for side in (0, 1))
+        counts += count_matches(task, true, said)[SPAN]
+        for side, labels in zip(sides, (true, said), strict=True):
+            side.append([BIO[i] for i in labels])
+            assert entity_spans(side[-1]) == {(kind, first, last + 1) for kind, first, last in get_entities(side[-1])}
+    tp, fp, fn = counts
+    assert 2 * tp / max(2 * tp + fp + fn, 1) == pytest.approx(f1_score(*sides, zero_division=0))
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.sampled_from("OXY"), st.integers(1, 3)), min_size=1, max_size=6), st.randoms())
+def test_well_formed_spans_are_those_of_the_strict_mode(runs: list[tuple[str, int]], chance: Random) -> None:
+    """IOB2 leaves nothing to a rule: default and strict mode of seqeval, and we, say the same."""
+    spans = [["O"] * n if kind == "O" else [f"B-{kind}", *[f"I-{kind}"] * (n - 1)] for kind, n in runs]
+    true = [label for span in spans for label in span]
+    said = to_bio([chance.choice(BIO) for _ in true])  # what continues nothing begins with B- now
+    a, b = entity_spans(true), entity_spans(said)
+    f1 = 2 * len(a & b) / max(len(a) + len(b), 1)
+    assert f1 == pytest.approx(f1_score([true], [said], mode="strict", scheme=IOB2, zero_division=0))
+    assert f1 == pytest.approx(f1_score([true], [said], zero_division=0))
 
 
 # --- alignment
