@@ -14,7 +14,7 @@ from typing import Any
 
 import nbformat
 
-from mome_utils.mathml import UnknownFormula, mathml
+from mome_utils.formulas import UnknownFormula, mathml
 
 __all__ = ["INDEX", "html_table", "notebook_page", "page"]
 
@@ -45,6 +45,7 @@ table { border-collapse: collapse; font-size: 0.85rem; } .scroll, .rendered_html
 th, td { padding: 0.3rem 0.6rem; border-bottom: 1px solid #e4e6e9; text-align: left; vertical-align: top; }
 th { border-bottom: 2px solid #9aa0a6; } .anchor-link { display: none; } .prompt { display: none; }
 details { margin: 1rem 0; } summary { cursor: pointer; color: #005f9e; }
+math [mathvariant^="bold"] { font-weight: bold; }
 @media (prefers-color-scheme: dark) { :root { color-scheme: light; } }
 """
 

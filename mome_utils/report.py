@@ -150,7 +150,7 @@ def write_pages(folder: Path, root: Path, executed: Path | None = None, results:
     notebooks = {path.stem: (executed or folder / "notebooks") / path.name for path in select_notebooks(root)}
     present = {name: read_notebook(path) for name, path in notebooks.items() if path.is_file()}
     others = {INDEX: "Claims"} | {f"{name}.html": title_and_question(nb)[0] or name for name, nb in present.items()}
-    code = source_digest("mome_utils.pages", "mome_utils.mathml")
+    code = source_digest("mome_utils.pages", "mome_utils.formulas")
     for name, notebook in present.items():
         path, mark = out / f"{name}.html", f"<!-- made of {digest([notebook, others, code])} -->\n"
         if not path.is_file() or not path.read_text(encoding="utf-8").endswith(mark):
