@@ -49,7 +49,7 @@ COURSES: Mapping[str, Course] = MappingProxyType({
     "replay_5": Course("replay", 0.05, "Replay 5 %", tier="core"),
     "replay_20": Course("replay", 0.20, "Replay 20 %", tier="extended"),
     "ewc_weak": Course("ewc", 10.0, "EWC, λ = 10"),
-    "ewc": Course("ewc", 100.0, "EWC, λ = 100", tier="core"),
+    "ewc": Course("ewc", 100.0, "EWC, λ = 100", tier="extended"),
     "ewc_strong": Course("ewc", 1000.0, "EWC, λ = 1,000"),
     "l2_weak": Course("l2", 10.0, "L2 pull, λ = 10"),
     "l2": Course("l2", 100.0, "L2 pull, λ = 100", tier="extended"),
@@ -80,16 +80,20 @@ def chosen_courses(arms: str, further: Sequence[str] = ()) -> tuple[str, ...]:
     return tuple(arm for arm, course in COURSES.items() if course.tier in tiers or arm in further)
 
 
-def orders(study: Study) -> tuple[tuple[str, ...], ...]:
+def orders(study: Study, arms: str = "extended") -> tuple[tuple[str, ...], ...]:
     """Orders of the languages: the study's own first, then its reverse, then the halves swapped.
 
-    At ``gpu`` and ``paper`` every order of the languages. Two languages have two.
+    ``core`` stops after the reverse. At ``gpu`` and ``paper`` the extended arms have every order of the languages. Two
+    languages have two.
     """
     own = tuple(study.languages)
+    first = tuple(dict.fromkeys((own, own[::-1])))
+    if arms != "extended":
+        return first
     if study.profile.name in ("gpu", "paper"):
-        return (own, *(order for order in permutations(own) if order != own))
+        return (*first, *(order for order in permutations(own) if order not in first))
     half = len(own) // 2
-    return tuple(dict.fromkeys((own, own[::-1], own[half:] + own[:half])))
+    return tuple(dict.fromkeys((*first, own[half:] + own[:half])))
 
 
 def session_spec(study: Study, seed: int, arm: str) -> TrainSpec:

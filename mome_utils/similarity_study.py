@@ -33,6 +33,7 @@ from mome_utils.representations import (
 from mome_utils.runs import Run
 from mome_utils.similarity import NEIGHBOURS, Space, compare_all
 from mome_utils.similarity_baselines import ALL, permuted, topic_folds
+from mome_utils.sweeps import in_parallel
 from mome_utils.training import build_model
 
 __all__ = [
@@ -157,6 +158,14 @@ class Collection:
         kept = values if fold == ALL else values[self._folds[language] != fold]
         return Space(kept, neighbours=min(self.neighbours, len(kept) - 1), name=f"Layer {layer} of {ref.kind}")
 
+    def last_layers(self, refs: Iterable[Ref], language: str, aggregation: Aggregation) -> Collection:
+        """What models make of a language at their last layers, and no more: small enough to be sent to a process."""
+        states: dict[tuple[Ref, str], States] = {
+            (ref, language): {aggregation: self.states(ref, language)[aggregation][-1:]} for ref in dict.fromkeys(refs)
+        }
+        passages = {language: self.passages[language]}
+        return Collection(passages, self.pad, self.folds, self.neighbours, {}, states)
+
     @cached_property
     def _folds(self) -> dict[str, object]:
         return {language: topic_folds(self.topics(language), self.folds) for language in self.passages}
@@ -218,32 +227,47 @@ def _read(models: Collection, pairs: Sequence[Pair]) -> None:
 
 def pair_rows(
     models: Collection, pairs: Sequence[Pair], measures: Sequence[str] | None = None, *,
-    aggregations: Sequence[Aggregation] = AGGREGATIONS, jackknifed: bool | Sequence[str] = True,
+    aggregations: Sequence[Aggregation] = AGGREGATIONS, jackknifed: bool | Sequence[str] = True, workers: int = 1,
 ) -> pd.DataFrame:
     """Scores of pairs of models at their last layers, of all topics and without each fold of them.
 
     Args:
-        measures: names (by default all). aggregations: of passages.
+        models: what the pairs name.
+        pairs: of models, each with the language that both read.
+        measures: names (by default all).
+        aggregations: of passages.
         jackknifed: whether, or for which measures, folds of topics are left out too.
+        workers: languages and aggregations that are compared at once, each in a process of its own.
 
     Returns:
         ``kind, made_for, seed, kind_b, made_for_b, seed_b, language, aggregation, measure, fold, value``.
     """
-    rows = []
     _read(models, pairs)
+    jobs = []
     for language, aggregation in product(dict.fromkeys(pair.language for pair in pairs), aggregations):
         chosen = [pair for pair in pairs if pair.language == language]
-        with threadpool_limits(1):  # in matrices as small as these, threads wait for each other more than they compute
-            for fold in (ALL, *range(models.folds if jackknifed else 0)):
-                names = measures if fold == ALL or jackknifed is True else list(jackknifed or ())
-                spaces = {  # every view is computed once for all pairs of a model, and forgotten with the fold
-                    ref: models.space(ref, language, aggregation, fold=fold)
-                    for ref in dict.fromkeys(ref for pair in chosen for ref in pair[:2])
-                }
-                for a, b, _ in chosen:
-                    for name, value in compare_all(spaces[a], spaces[b], names).items():
-                        rows.append((*a, *b, language, aggregation, name, fold, value))
-    return pd.DataFrame(rows, columns=_COLUMNS)
+        part = models.last_layers((ref for pair in chosen for ref in pair[:2]), language, aggregation)
+        jobs.append((part, chosen, measures, aggregation, jackknifed))
+    parts = in_parallel(_pair_rows, jobs, workers=min(workers, len(jobs)))
+    return pd.DataFrame([row for part in parts for row in part], columns=_COLUMNS)
+
+
+def _pair_rows(
+    models: Collection, pairs: Sequence[Pair], measures: Sequence[str] | None, aggregation: Aggregation,
+    jackknifed: bool | Sequence[str],
+) -> list[tuple]:
+    """Rows of :func:`pair_rows` for pairs on one language, in whatever process it lands."""
+    rows = []
+    readers = dict.fromkeys((ref, pair.language) for pair in pairs for ref in pair[:2])
+    with threadpool_limits(1):  # in matrices as small as these, threads wait for each other more than they compute
+        for fold in (ALL, *range(models.folds if jackknifed else 0)):
+            names = measures if fold == ALL or jackknifed is True else list(jackknifed or ())
+            # Every view is computed once for all pairs of a model, and forgotten with the fold.
+            spaces = {ref: models.space(ref, language, aggregation, fold=fold) for ref, language in readers}
+            for a, b, language in pairs:
+                for name, value in compare_all(spaces[a], spaces[b], names).items():
+                    rows.append((*a, *b, language, aggregation, name, fold, value))
+    return rows
 
 
 _COLUMNS = ["kind", "made_for", "seed", "kind_b", "made_for_b", "seed_b", "language", "aggregation", "measure", "fold",
