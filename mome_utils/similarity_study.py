@@ -83,12 +83,14 @@ class Collection:
         pad: token id that fills shorter passages.
         folds: groups of topics that are left out in turn (0: none).
         neighbours: k of the neighbourhood measures; fewer where a language has few passages.
+        workers: models that read, and tables of pairs that are made, at once: each in a process of its own.
     """
 
     passages: Mapping[str, Sequence[Passage]]
     pad: int
     folds: int = 0
     neighbours: int = NEIGHBOURS
+    workers: int = 1
     _sources: dict[Ref, _Source] = field(default_factory=dict)
     _states: dict[tuple[Ref, str], States] = field(default_factory=dict)
 
@@ -130,18 +132,21 @@ class Collection:
         return found
 
     def read(self, wanted: Iterable[tuple[Ref, str]]) -> None:
-        """Let models read languages, where they have not yet; each run is loaded once, and one is held at a time."""
+        """Let models read languages, where they have not yet; each run is loaded once, and a worker holds one."""
         todo: dict[tuple[int, bool], list[tuple[Ref, str]]] = {}
         for ref, language in dict.fromkeys(wanted):
             if (ref, language) not in self._states:
                 source = self._sources[ref]
                 todo.setdefault((id(source.run), source.untrained), []).append((ref, language))
+        jobs = []
         for parts in todo.values():
             source = self._sources[parts[0][0]]
-            model = _model(source.run, source.untrained)
-            for ref, language in parts:
-                reader, ids = _reader(model, self._sources[ref].expert), [p.ids for p in self.passages[language]]
-                self._states[ref, language] = hidden_states(reader, ids, pad=self.pad)
+            texts = {language: [p.ids for p in self.passages[language]] for _, language in parts}
+            asked = [(self._sources[ref].expert, language) for ref, language in parts]
+            jobs.append((source.run, source.untrained, asked, texts, self.pad))
+        read = in_parallel(_read_run, jobs, workers=min(self.workers, len(jobs)))
+        for parts, found in zip(todo.values(), read, strict=True):
+            self._states.update(zip(parts, found, strict=True))
 
     def states(self, ref: Ref, language: str) -> States:
         """A model's representations of a language's passages at every layer."""
@@ -164,11 +169,19 @@ class Collection:
             (ref, language): {aggregation: self.states(ref, language)[aggregation][-1:]} for ref in dict.fromkeys(refs)
         }
         passages = {language: self.passages[language]}
-        return Collection(passages, self.pad, self.folds, self.neighbours, {}, states)
+        return Collection(passages, self.pad, self.folds, self.neighbours, _states=states)
 
     @cached_property
     def _folds(self) -> dict[str, object]:
         return {language: topic_folds(self.topics(language), self.folds) for language in self.passages}
+
+
+def _read_run(
+    run: Run, untrained: bool, asked: Sequence[tuple[str, str]], texts: Mapping[str, Sequence[Sequence[int]]], pad: int,
+) -> list[States]:
+    """What a run's model, or its experts, make of languages: (name of the expert or "", language), in order."""
+    model = _model(run, untrained)
+    return [hidden_states(_reader(model, expert), texts[language], pad=pad) for expert, language in asked]
 
 
 def _model(run: Run, untrained: bool) -> PreTrainedModel:
@@ -227,7 +240,7 @@ def _read(models: Collection, pairs: Sequence[Pair]) -> None:
 
 def pair_rows(
     models: Collection, pairs: Sequence[Pair], measures: Sequence[str] | None = None, *,
-    aggregations: Sequence[Aggregation] = AGGREGATIONS, jackknifed: bool | Sequence[str] = True, workers: int = 1,
+    aggregations: Sequence[Aggregation] = AGGREGATIONS, jackknifed: bool | Sequence[str] = True,
 ) -> pd.DataFrame:
     """Scores of pairs of models at their last layers, of all topics and without each fold of them.
 
@@ -237,7 +250,6 @@ def pair_rows(
         measures: names (by default all).
         aggregations: of passages.
         jackknifed: whether, or for which measures, folds of topics are left out too.
-        workers: languages and aggregations that are compared at once, each in a process of its own.
 
     Returns:
         ``kind, made_for, seed, kind_b, made_for_b, seed_b, language, aggregation, measure, fold, value``.
@@ -248,7 +260,7 @@ def pair_rows(
         chosen = [pair for pair in pairs if pair.language == language]
         part = models.last_layers((ref for pair in chosen for ref in pair[:2]), language, aggregation)
         jobs.append((part, chosen, measures, aggregation, jackknifed))
-    parts = in_parallel(_pair_rows, jobs, workers=min(workers, len(jobs)))
+    parts = in_parallel(_pair_rows, jobs, workers=min(models.workers, len(jobs)))
     return pd.DataFrame([row for part in parts for row in part], columns=_COLUMNS)
 
 

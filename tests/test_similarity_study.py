@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import joblib
 import numpy as np
 import pandas as pd
 import pytest
@@ -131,6 +132,23 @@ def test_a_score_is_that_of_the_two_models_states(models: zoo.Collection) -> Non
     few = zoo.pair_rows(models, [pair], ["cka", "jaccard"], aggregations=["mean"], jackknifed=["cka"])
     assert set(few.loc[few["fold"] != ALL, "measure"]) == {"cka"}
     assert zoo.pair_rows(models, [pair], ["cka"], jackknifed=False)["fold"].eq(ALL).all()
+
+
+def test_several_workers_give_the_rows_of_one(models: zoo.Collection) -> None:
+    pairs = zoo.teacher_pairs(models, ["fixed", "moe_ce"])
+    alone = zoo.pair_rows(models, pairs, ["cka", "jaccard"], jackknifed=["cka"])
+    several = replace(models, workers=2)  # it has read by now: in threads, models would share torch's random numbers
+    with joblib.parallel_config(backend="threading"):  # processes would first have to import torch
+        together = zoo.pair_rows(several, pairs, ["cka", "jaccard"], jackknifed=["cka"])
+    pd.testing.assert_frame_equal(together, alone)
+
+
+def test_what_travels_to_a_worker_is_one_language_at_the_last_layer(models: zoo.Collection) -> None:
+    first = zoo.teacher_pairs(models, ["fixed"])[0]
+    part = models.last_layers([first.a], first.language, "mean")
+    x, y = (each.space(first.a, first.language, "mean", fold=1).values for each in (models, part))
+    assert np.array_equal(x, y)
+    assert list(part.passages) == [first.language] and list(part.states(first.a, first.language)) == ["mean"]
 
 
 def test_a_fold_leaves_whole_topics_out(models: zoo.Collection) -> None:
