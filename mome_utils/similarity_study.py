@@ -33,7 +33,7 @@ from mome_utils.representations import (
 from mome_utils.runs import Run
 from mome_utils.similarity import NEIGHBOURS, Space, compare_all
 from mome_utils.similarity_baselines import ALL, permuted, topic_folds
-from mome_utils.sweeps import in_parallel
+from mome_utils.sweeps import in_parallel, quiet
 from mome_utils.training import build_model
 
 __all__ = [
@@ -180,6 +180,7 @@ def _read_run(
     run: Run, untrained: bool, asked: Sequence[tuple[str, str]], texts: Mapping[str, Sequence[Sequence[int]]], pad: int,
 ) -> list[States]:
     """What a run's model, or its experts, make of languages: (name of the expert or "", language), in order."""
+    quiet()
     model = _model(run, untrained)
     return [hidden_states(_reader(model, expert), texts[language], pad=pad) for expert, language in asked]
 
