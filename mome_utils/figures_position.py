@@ -6,9 +6,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from .figures_arms import arm_name
-from .figures_style import SOFT, colors, legend, panels, require, styled, thousands, tint, unique
+from .figures_style import colors, legend, panels, require, styled, thousands, tint, unique
 
 __all__ = ["position_profile"]
 
@@ -39,6 +40,6 @@ def position_profile(seen: pd.DataFrame, losses: pd.DataFrame, bins: int = 8) ->
         middle = np.minimum((table.index + 0.5) * bins, end)
         right.plot(middle, table["nats"] / table["words"], color=color[kind])
     right.set(xlim=(0, end), xlabel="Position", ylabel="Nats per word", title="Test")
-    right.annotate("seen in training", (0.01, 0.97), xycoords="axes fraction", size=7.5, color=SOFT, va="top")
-    legend(figure, [Line2D([], [], color=color[kind]) for kind in kinds], [arm_name(kind) for kind in kinds])
+    handles = [*(Line2D([], [], color=color[kind]) for kind in kinds), Patch(color="#DFE7F0")]
+    legend(figure, handles, [*(arm_name(kind) for kind in kinds), "seen in training"])  # inside, lines would cross it
     return figure
