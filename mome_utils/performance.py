@@ -101,7 +101,16 @@ def _generate(rows: Sequence[Row]) -> Iterator[Line]:
                "one prompt after the other", _times(row))
 
 
+def _gpu(rows: Sequence[Row]) -> Iterator[Line]:
+    for row in rows:
+        what = f"{row['measured']} on {row['device']}"
+        if row["against"] == "itself":
+            yield what, "the device's own rate of matrix products", f"{row['matrix_rate']:.0%}"
+        else:
+            yield what, row["against"], _times(row)
+
+
 _BENCHMARKS: Mapping[str, Callable[[Sequence[Row]], Iterator[Line]]] = {
     "kd": _training, "ce": _training, "sweep": _sweep, "large": _large, "router": _router, "moe": _moe,
-    "dataset": _dataset, "generate": _generate, "gpu": _training,
+    "dataset": _dataset, "generate": _generate, "gpu": _gpu,
 }

@@ -57,6 +57,20 @@ def test_each_row_of_data_set_and_generation_says_what_it_is(tmp_path):
     ]
 
 
+def test_a_gpu_is_named_and_its_teacher_compared_with_its_matrix_rate(tmp_path):
+    row = {"device": "A GPU", "ratio": 1.6, "lowest": 1.5, "highest": 1.75, "matrix_rate": 0.47}
+    rows = [row | {"measured": "teacher training", "against": "itself"},
+            row | {"measured": "distillation, cached teacher", "against": "teacher in each step"}]
+    folder = tmp_path / BENCHMARK_FOLDER
+    folder.mkdir(parents=True)
+    content = {"machine": {"processor": "x", "cores": 16, "torch": "2"}, "rows": rows}
+    (folder / "gpu.json").write_text(json.dumps(content), encoding="utf-8")
+    block = performance_block(tmp_path)
+    assert "| teacher training on A GPU (`gpu`) | the device's own rate of matrix products | 47% |" in block
+    line = "distillation, cached teacher on A GPU (`gpu`) | teacher in each step | 1.6 × faster (1.5 to 1.75)"
+    assert f"| {line} |" in block
+
+
 def test_a_readme_without_markers_is_refused(tmp_path):
     shutil.copytree(ROOT / BENCHMARK_FOLDER, tmp_path / BENCHMARK_FOLDER)
     with pytest.raises(MomeError, match="to put the benchmarks between"):
