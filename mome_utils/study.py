@@ -196,7 +196,7 @@ class Study:
         for run in {run.key: run for run in runs}.values():
             self.count_run(run.folder, run.metrics, trained=run.key in todo, extra=extra)
         if not todo:
-            display(Markdown(f"*{loaded} runs loaded from the store.*"))
+            display(Markdown(f"*{loaded} run{'s' * (loaded != 1)} loaded from the store.*"))
         return runs
 
     def count_run(self, folder: Path, metrics: Mapping[str, Any], *, trained: bool, extra: bool = False) -> None:
