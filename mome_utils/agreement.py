@@ -26,7 +26,7 @@ Rows hold sums, so that any selection of documents can be put together exactly; 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,22 +35,22 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from transformers import GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from mome_utils.artifacts import DamagedArtifact, digest, source_digest
 from mome_utils.config import MomeError
 from mome_utils.corpus import Document
 from mome_utils.dataset import StudyData
 from mome_utils.divergences import DIVERGENCES, log_probabilities
-from mome_utils.evaluation import WindowBatch, window_batches
+from mome_utils.evaluation import PositionLogits, position_logits, window_batches
 from mome_utils.runs import Run, torch_threads
-from mome_utils.sweeps import in_parallel
+from mome_utils.sweeps import in_parallel, on_device, quiet
 from mome_utils.training import TrainSpec
 
 if TYPE_CHECKING:
     from mome_utils.study import Study
 
-__all__ = ["BINS", "RELATIONS", "Agreement", "agreement_job", "agreement_rows", "compare_documents", "position_logits"]
+__all__ = ["BINS", "RELATIONS", "Agreement", "agreement_job", "agreement_rows", "compare_documents"]
 
 BINS = 15
 RELATIONS = ("student_data", "teacher_data", "student_teacher")
@@ -62,10 +62,6 @@ SUMS = (
     "same_top", "overlap", "forward_kl", "reverse_kl", "student_nats", "teacher_nats", "student_entropy",
     "teacher_entropy", "student_hits", "teacher_hits",
 )
-
-PositionLogits = Callable[[WindowBatch], Tensor]
-"""WindowBatch → the logits [S, V] that predict its S targets, on the model's device."""
-
 
 @dataclass(frozen=True)
 class Agreement:
@@ -92,19 +88,6 @@ class Agreement:
         """Several agreements as one."""
         documents, bins = ([getattr(part, name) for part in parts] for name in ("documents", "bins"))
         return Agreement(pd.concat(documents, ignore_index=True), pd.concat(bins, ignore_index=True))
-
-
-def position_logits(model: PreTrainedModel) -> PositionLogits:
-    """The logits of a causal model at scored positions; of GPT-2 only those pass the output projection."""
-
-    def scored(batch: WindowBatch) -> Tensor:
-        ids, rows, columns = (x.to(model.device) for x in (batch.ids, batch.rows, batch.columns))
-        if isinstance(model, GPT2LMHeadModel):
-            states = model.transformer(ids, use_cache=False).last_hidden_state
-            return model.lm_head(states[rows, columns])
-        return model(input_ids=ids, use_cache=False).logits[rows, columns]
-
-    return scored
 
 
 # ------------------------------------------------------------------------------------------------------- counting
@@ -247,18 +230,12 @@ def agreement_job(
     stride: int, data_folder: Path,
 ) -> Agreement:
     """Finished runs beside their teacher on a split's documents; column ``student`` is a run's key."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()  # padded windows want no mask: a causal model does not see it
-    transformers.utils.logging.disable_progress_bar()
+    quiet()  # padded windows want no mask, which libraries would ask for: a causal model does not see the padding
     data = StudyData.load(data_folder)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     documents = [d for language in languages for d in data.documents(split, language)]
 
     def reader(spec: TrainSpec, folder: Path) -> PositionLogits:
-        model = Run(spec, folder.name, folder).model()
-        torch.nn.Module.to(model, device)
-        return position_logits(model)
+        return position_logits(on_device(Run(spec, folder.name, folder).model()))
 
     with torch_threads(teacher[0].threads):
         return compare_documents(

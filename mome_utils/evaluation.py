@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 
 from mome_utils.config import MomeError
 from mome_utils.corpus import Document
@@ -34,6 +34,7 @@ __all__ = [
     "interval",
     "paired_interval",
     "perplexity",
+    "position_logits",
     "score_documents",
     "score_rows",
     "target_logprobs",
@@ -42,6 +43,7 @@ __all__ = [
 ]
 
 LogitsFn = Callable[[Tensor], Tensor]
+"""ids [B, T] long, right-padded → logits [B, T, V]; free to move the ids to a device of its own."""
 
 
 class EvaluationError(MomeError):
@@ -146,19 +148,41 @@ def _batch(
     return WindowBatch(ids, torch.cat(rows), torch.cat(columns), torch.cat(targets), owners)
 
 
-def target_logprobs(logits: Tensor, batch: WindowBatch) -> Tensor:
+PositionLogits = Callable[[WindowBatch], Tensor]
+"""WindowBatch → the logits [S, V] that predict its S targets, on the model's device."""
+
+
+def position_logits(model: PreTrainedModel | LogitsFn) -> PositionLogits:
+    """The logits of a causal model at scored positions; of GPT-2 only those pass the output projection.
+
+    Args:
+        model: a causal language model on any device, or a function of ids alone. Raw scores and log-probabilities
+            give the same results.
+    """
+
+    def scored(batch: WindowBatch) -> Tensor:
+        if not isinstance(model, PreTrainedModel):
+            logits = model(batch.ids)
+            return logits[batch.rows.to(logits.device), batch.columns.to(logits.device)]
+        ids, rows, columns = (x.to(model.device) for x in (batch.ids, batch.rows, batch.columns))
+        if isinstance(model, GPT2LMHeadModel):
+            states = model.transformer(ids, use_cache=False).last_hidden_state
+            return model.lm_head(states[rows, columns])
+        return model(input_ids=ids, use_cache=False).logits[rows, columns]
+
+    return scored
+
+
+def target_logprobs(model: PreTrainedModel | LogitsFn, batch: WindowBatch) -> Tensor:
     """Log-probability in nats of each scored target, [S] float32 (float64 for float64 logits), on the CPU.
 
     Args:
-        logits: [B, T, V] for ``batch.ids``; raw scores or log-probabilities, which give the same result.
+        model: as in :func:`position_logits`.
     """
-    device = logits.device
-    picked = logits[
-        batch.rows.to(device), batch.columns.to(device)
-    ]  # gathered first: the other positions cost nothing
-    picked = picked if picked.dtype == torch.float64 else picked.float()
-    chosen = picked.gather(1, batch.targets.to(device)[:, None])[:, 0]
-    return (chosen - picked.logsumexp(-1)).cpu()
+    logits = position_logits(model)(batch)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    chosen = logits.gather(1, batch.targets.to(logits.device)[:, None])[:, 0]
+    return (chosen - logits.logsumexp(-1)).cpu()
 
 
 def add_up(totals: np.ndarray, batch: WindowBatch, logprobs: Tensor) -> None:
@@ -167,8 +191,8 @@ def add_up(totals: np.ndarray, batch: WindowBatch, logprobs: Tensor) -> None:
 
 
 def score_documents(
-    logits_fn: LogitsFn,
-    data_tokenizer: PreTrainedTokenizerFast,
+    model: PreTrainedModel | LogitsFn,
+    tokenizer: PreTrainedTokenizerFast,
     documents: Sequence[Document],
     *,
     block_size: int,
@@ -178,8 +202,7 @@ def score_documents(
     """Loss of each document under a model.
 
     Args:
-        logits_fn: ids [B, T] long, right-padded -> logits [B, T, V] of a causal model; called without
-            gradients, and free to move the ids to its own device.
+        model: as in :func:`position_logits`, in evaluation mode; called without gradients.
         block_size, stride: of `windows`, in tokens.
 
     Returns:
@@ -189,8 +212,8 @@ def score_documents(
     totals = np.zeros(len(documents))
     tokens = np.zeros(len(documents), dtype=np.int64)
     with torch.inference_mode():
-        for batch in window_batches(data_tokenizer, documents, block_size, stride, batch_size):
-            add_up(totals, batch, target_logprobs(logits_fn(batch.ids), batch))
+        for batch in window_batches(tokenizer, documents, block_size, stride, batch_size):
+            add_up(totals, batch, target_logprobs(model, batch))
             np.add.at(tokens, batch.target_owners.numpy(), 1)
     return score_rows(documents, totals, tokens)
 

@@ -51,7 +51,7 @@ def untrained_rows(study: Study, runs: Sequence[Run]) -> pd.DataFrame:
             model = build_model(spec.model, spec.seed).eval()
             documents = [d for language in study.languages for d in data.documents("test", language)]
             return score_documents(
-                lambda ids: model(input_ids=ids, use_cache=False).logits, data.tokenizer, documents,
+                model, data.tokenizer, documents,
                 block_size=data.block_size, stride=study.profile.stride,
             )
 
@@ -77,7 +77,7 @@ def class_rows(study: Study, runs: Sequence[Run], language: str) -> pd.DataFrame
             def compute(run: Run = run, end: int = end) -> pd.DataFrame:
                 model = run.model(end)
                 return score_classes(
-                    lambda ids: model(input_ids=ids, use_cache=False).logits, data.tokenizer, documents, frequent,
+                    model, data.tokenizer, documents, frequent,
                     block_size=data.block_size, stride=study.profile.stride,
                 )
 

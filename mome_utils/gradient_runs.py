@@ -16,7 +16,7 @@ from mome_utils.dataset import StudyData
 from mome_utils.distillation import Objective
 from mome_utils.gradients import Moments, conflict, gradient_statistics, logits_of
 from mome_utils.runs import Run, torch_threads
-from mome_utils.sweeps import in_parallel, quiet
+from mome_utils.sweeps import in_parallel, on_device, quiet
 from mome_utils.training import TrainSpec, build_model
 
 if TYPE_CHECKING:
@@ -43,15 +43,12 @@ def gradient_job(
     data, run = StudyData.load(data_folder), Run(spec, folder.name, folder)
     with torch_threads(spec.threads):
         student = build_model(spec.model, spec.seed) if step == 0 else run.model(None if step == spec.steps else step)
-        mentor = Run(teacher[0], teacher[1].name, teacher[1]).model()
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        for model in (student.eval(), mentor):
-            torch.nn.Module.to(model, device)
+        student, mentor = on_device(student.eval()), on_device(Run(teacher[0], teacher[1].name, teacher[1]).model())
         blocks, wanted = data.block_array("train", language), micro_batches * micro_batch
         if len(blocks) < wanted:
             raise MomeError(f"There are {len(blocks)} training blocks of {language}, not {wanted}: ask for fewer.")
         chosen = np.random.default_rng(seed).permutation(len(blocks))[:wanted]
-        ids = torch.from_numpy(blocks[chosen].astype(np.int64)).to(device)
+        ids = torch.from_numpy(blocks[chosen].astype(np.int64)).to(student.device)
         objective = spec.objective or Objective()
         return conflict(gradient_statistics(student, ids, logits_of(mentor), objective, micro_batch))
 

@@ -21,6 +21,8 @@ from typing import Any
 
 import joblib
 import pandas as pd
+import torch
+from transformers import PreTrainedModel
 
 from mome_utils.artifacts import Store
 from mome_utils.continual import train_or_load
@@ -30,7 +32,7 @@ from mome_utils.memory import keep_freed_memory, release_freed_memory
 from mome_utils.runs import STAGE, Run, cache_teacher, run_key, torch_threads
 from mome_utils.training import TrainSpec
 
-__all__ = ["cache_job", "in_parallel", "quiet", "score_job", "train_job"]
+__all__ = ["cache_job", "in_parallel", "on_device", "quiet", "score_job", "train_job"]
 
 
 #: Two jobs must not share a process: they would draw from one random generator, and neither would be repeatable.
@@ -115,6 +117,12 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
+def on_device(model: PreTrainedModel) -> PreTrainedModel:
+    """The model itself, moved to the GPU where there is one."""
+    torch.nn.Module.to(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return model
+
+
 def _settle() -> None:
     """Each worker is a process of its own, started anew."""
     quiet()
@@ -144,9 +152,8 @@ def score_job(
     _settle()
     data = StudyData.load(data_folder)
     with torch_threads(spec.threads):
-        model = Run(spec, folder.name, folder).model(step)
+        model = on_device(Run(spec, folder.name, folder).model(step))
         documents = [d for language in languages for d in data.documents(split, language)]
         return score_documents(
-            lambda ids: model(input_ids=ids, use_cache=False).logits, data.tokenizer, documents,
-            block_size=data.block_size, stride=stride,
+            model, data.tokenizer, documents, block_size=data.block_size, stride=stride
         )

@@ -23,17 +23,16 @@ from __future__ import annotations
 import keyword
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from mome_utils.corpus import Document
-from mome_utils.evaluation import encode_documents, target_logprobs, window_batches
+from mome_utils.evaluation import LogitsFn, encode_documents, target_logprobs, window_batches
 
 __all__ = ["CLASSES", "CODE", "byte_classes", "function_words", "score_classes", "token_classes"]
 
@@ -114,13 +113,13 @@ def token_classes(widths: Sequence[int], classes: NDArray[np.int8]) -> NDArray[n
 
 
 def score_classes(
-    logits_fn: Callable[[Tensor], Tensor], tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document],
+    model: PreTrainedModel | LogitsFn, tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document],
     frequent: Mapping[str, frozenset[str]], *, block_size: int, stride: int, batch_size: int = 32,
 ) -> pd.DataFrame:
     """Loss of each document under a model, by class of token; summed over classes it is ``score_documents``' loss.
 
     Args:
-        logits_fn, block_size, stride, batch_size: as in :func:`mome_utils.evaluation.score_documents`.
+        model, block_size, stride, batch_size: as in :func:`mome_utils.evaluation.score_documents`.
         frequent: language → its function words.
 
     Returns:
@@ -138,7 +137,7 @@ def score_classes(
     with torch.inference_mode():
         # Windows come longest first and equal ones in order; only a document's last is shorter: so in document order.
         for batch in window_batches(tokenizer, documents, block_size, stride, batch_size):
-            losses = -target_logprobs(logits_fn(batch.ids), batch).double().numpy()
+            losses = -target_logprobs(model, batch).double().numpy()
             owners, rows = batch.target_owners.numpy(), batch.rows.numpy()
             for part in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(rows)) + 1):
                 owner = owners[part[0]]

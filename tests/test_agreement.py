@@ -12,11 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mome_utils import agreement, recipes
-from mome_utils.agreement import BINS, Agreement, agreement_rows, compare_documents, position_logits
+from mome_utils.agreement import BINS, Agreement, agreement_rows, compare_documents
 from mome_utils.agreement_tables import MEASURES, agreement_interval, agreement_table, reliability
 from mome_utils.config import MomeError, Shape
 from mome_utils.corpus import Document
-from mome_utils.evaluation import IntervalError, encode_documents, paired_interval, score_documents, windows
+from mome_utils.evaluation import (
+    IntervalError,
+    encode_documents,
+    paired_interval,
+    position_logits,
+    score_documents,
+    windows,
+)
 from mome_utils.models import build_gpt2
 from mome_utils.runs import Run, run_key
 from mome_utils.study import Study

@@ -122,6 +122,8 @@ def test_scores_agree_with_one_window_at_a_time(model, tokenizer, documents, bat
     assert rows["nats"].dtype == np.float64
     expected = [slow_nats(model, ids) for ids in sequences]
     np.testing.assert_allclose(rows["nats"], expected, rtol=1e-5, atol=1e-6)
+    lean = score_documents(model, tokenizer, documents, block_size=BLOCK, stride=STRIDE, batch_size=batch_size)
+    np.testing.assert_allclose(lean["nats"], rows["nats"], rtol=1e-6)  # a GPT-2's unscored positions get no logits
     assert rows.set_index("document").loc["empty", ["nats", "bytes", "tokens"]].tolist() == [0, 0, 0]
 
 
