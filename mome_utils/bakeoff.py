@@ -54,7 +54,7 @@ from mome_utils.tokenization import encode
 
 __all__ = [
     "FEATURE_NAMES", "NAMES", "PUBLISHED", "assign_folds", "bake_off", "classifiers", "confusion_counts",
-    "cost_table", "cross_validate", "document_blocks", "expert_rows", "f1_interval", "lead_interval",
+    "cost_table", "cross_validate", "document_blocks", "enter", "expert_rows", "f1_interval", "lead_interval",
     "macro_scores", "relative_cost", "score_table", "weighted_scores",
 ]
 
@@ -215,17 +215,25 @@ def bake_off(
     in ``costly_with``, and the transformer reads the ids in order. Every entry is tested on every sequence with
     every seed.
     """
-    parts = []
-    with threadpool_limits(1):
-        for features in feature_sets(tokenizer, vocab_size):
-            prepared = _prepare(blocks, topics, features)
-            for seed in seeds:
-                if features.name == SEQUENCE:
-                    estimators = reading_classifiers(seed, vocab_size)
-                else:
-                    estimators = (classifiers if features.name in costly_with else cheap_classifiers)(seed)
-                parts.append(_cross_validate(prepared, estimators, folds, seed))
-    return pd.concat(parts, ignore_index=True)
+    return pd.concat([
+        enter(blocks, topics, vocab_size, tokenizer, features.name, seed, folds, costly_with)
+        for features in feature_sets(tokenizer, vocab_size) for seed in seeds
+    ], ignore_index=True)
+
+
+def enter(
+    blocks: Mapping[str, Sequence[Any]], topics: Mapping[str, Sequence[str]], vocab_size: int,
+    tokenizer: PreTrainedTokenizerFast, name: str, seed: int, folds: int = 5, costly_with: Sequence[str] = (TOKENS,),
+) -> pd.DataFrame:
+    """The rows of :func:`bake_off` of one set of features, by its name, and one seed, to run them side by side."""
+    features = next(found for found in feature_sets(tokenizer, vocab_size) if found.name == name)
+    if name == SEQUENCE:
+        estimators = reading_classifiers(seed, vocab_size)
+    else:
+        estimators = (classifiers if name in costly_with else cheap_classifiers)(seed)
+    return cross_validate(
+        blocks, topics, vocab_size, estimators=estimators, features=features, folds=folds, seed=seed
+    )
 
 
 def expert_rows(

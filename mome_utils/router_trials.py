@@ -24,11 +24,11 @@ from mome_utils.bakeoff import assign_folds, document_blocks
 from mome_utils.config import MomeError
 from mome_utils.corpus import Document
 from mome_utils.router_fit import Crops, fit_router
-from mome_utils.router_windows import cross_validated_windows, document_windows
+from mome_utils.router_windows import document_windows, window_rows
 from mome_utils.routing import TokenRouter
 from mome_utils.tokenization import encode
 
-__all__ = ["PUBLISHED", "Training", "examine", "for_short_prompts", "train_router"]
+__all__ = ["PUBLISHED", "Training", "examine", "examine_fold", "for_short_prompts", "train_router"]
 
 
 @dataclass(frozen=True)
@@ -146,11 +146,22 @@ def examine(
         Rows of :func:`mome_utils.router_windows.window_rows` with a column ``fold``, without the probabilities of the
         single languages (they are not calibrated).
     """
-    text = _read(tokenizer, documents, block_size)
-    cut = [document_windows(tokenizer, documents, size) for size in sizes]
+    jobs = [(tokenizer, documents, block_size, sizes, training, fold, folds, seed) for fold in range(folds)]
+    return pd.concat([examine_fold(*job) for job in jobs], ignore_index=True)
+
+
+def examine_fold(
+    tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document], block_size: int, sizes: Sequence[int],
+    training: Training, fold: int, folds: int = 5, seed: int = 0,
+) -> pd.DataFrame:
+    """The rows of :func:`examine` of one fold, 0 to ``folds - 1``, for folds that are examined side by side."""
     fold_of = assign_folds([document.id for document in documents], folds, seed)
+    known = frozenset(topic for topic, place in fold_of.items() if place != fold)
+    held_out = [document for document in documents if document.id not in known]
+    text = _read(tokenizer, documents, block_size)
     with threadpool_limits(1):
-        rows = cross_validated_windows(
-            lambda known: training.fit(*text.of(known), len(tokenizer), seed), cut, fold_of, seed=seed
-        )
+        router = training.fit(*text.of(known), len(tokenizer), seed)
+        rows = pd.concat([
+            window_rows(router, document_windows(tokenizer, held_out, size), seed=seed) for size in sizes
+        ], ignore_index=True).assign(fold=fold)
     return rows[[column for column in rows.columns if not column.startswith("p_")]]

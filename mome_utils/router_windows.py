@@ -28,7 +28,7 @@ from mome_utils.intervals import Interval, combine
 from mome_utils.routing import TokenRouter
 
 __all__ = [
-    "CODE", "PROSE", "TEXT_IN_CODE", "Windows", "accuracy_interval", "cross_validated_windows", "document_windows",
+    "CODE", "PROSE", "TEXT_IN_CODE", "Windows", "accuracy_interval", "document_windows",
     "prefix_accuracy", "probabilities_of", "window_rows", "window_table",
 ]
 
@@ -139,7 +139,7 @@ def _tokens_in_text(source: str, offsets: np.ndarray) -> np.ndarray:
 def window_rows(router: TokenRouter, windows: Windows, *, seed: int = 0) -> pd.DataFrame:
     """What a router says about each window.
 
-    The decision is that of the logits; abstention is left aside here (see
+    The most probable language is decided for; abstention is left aside here (see
     :func:`mome_utils.router_confidence.risk_coverage`).
 
     Returns:
@@ -154,40 +154,13 @@ def window_rows(router: TokenRouter, windows: Windows, *, seed: int = 0) -> pd.D
         raise MomeError(f"The router does not know the language '{strange[0]}': leave out its windows.")
     ids = torch.from_numpy(windows.ids.astype(np.int64)).split(_BATCH)
     chance = torch.cat([router.probabilities(part) for part in ids]).cpu().numpy()
-    names = np.array(router.languages, dtype=object)
-    predicted = names[torch.cat([router(part).argmax(1) for part in ids]).cpu().numpy()]
+    predicted = np.array(router.languages, dtype=object)[chance.argmax(1)]
     return pd.DataFrame({
         "seed": seed, "size": windows.ids.shape[1], "topic": windows.topic, "language": windows.language,
         "region": windows.region, "start": windows.start, "predicted": predicted,
         "correct": predicted == windows.language, "confidence": chance.max(1),
-        **{f"p_{name}": chance[:, place] for place, name in enumerate(names)},
+        **{f"p_{name}": chance[:, place] for place, name in enumerate(router.languages)},
     })
-
-
-def cross_validated_windows(
-    fit: Callable[[frozenset[str]], TokenRouter], windows: Sequence[Windows], fold_of: Mapping[str, int], *,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """:func:`window_rows` of windows of one or more sizes, each decided by a router that never saw its topic.
-
-    Args:
-        fit: makes a router from the documents of the topics it is given (the training folds).
-        windows: one entry per size. fold_of: fold of each topic, see :func:`mome_utils.bakeoff.assign_folds`.
-        seed: of the folds, kept in the rows.
-
-    Raises:
-        MomeError: a topic has no fold.
-    """
-    missing = {topic for part in windows for topic in part.topic} - set(fold_of)
-    if missing:
-        raise MomeError(f"The topic '{min(missing)}' has no fold: assign the folds from all documents.")
-    rows = []
-    for held_out in sorted(set(fold_of.values())):
-        router = fit(frozenset(topic for topic, fold in fold_of.items() if fold != held_out))
-        for part in windows:
-            chosen = np.array([fold_of[topic] == held_out for topic in part.topic], dtype=bool)
-            rows.append(window_rows(router, part.select(chosen), seed=seed).assign(fold=held_out))
-    return pd.concat(rows, ignore_index=True)
 
 
 def probabilities_of(rows: pd.DataFrame, languages: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

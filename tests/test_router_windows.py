@@ -15,7 +15,6 @@ from mome_utils.router_windows import (
     PROSE,
     TEXT_IN_CODE,
     accuracy_interval,
-    cross_validated_windows,
     document_windows,
     prefix_accuracy,
     probabilities_of,
@@ -141,30 +140,6 @@ def test_rows_hold_what_the_router_decides(tokenizer: PreTrainedTokenizerFast, d
     assert set(rows["seed"]) == {5} and set(rows["size"]) == {8}
     with pytest.raises(MomeError, match="does not know the language 'en'"):
         window_rows(TokenRouter(500, ("fr", "py")), windows)
-
-
-def test_no_window_is_decided_by_a_router_that_saw_its_topic(
-    tokenizer: PreTrainedTokenizerFast, documents: list[Document]
-) -> None:
-    topics = sorted({d.id for d in documents})
-    fold_of = {topic: place % 3 for place, topic in enumerate(topics)}
-    seen: list[frozenset[str]] = []
-
-    def fit(train: frozenset[str]) -> TokenRouter:
-        seen.append(train)
-        router = router_of([[0.0] * 500, [0.0] * 500])
-        router.bias[len(seen) % 2] = float(len(seen))  # tells the routers apart
-        return router
-
-    windows = [document_windows(tokenizer, documents, size) for size in (8, 16)]
-    rows = cross_validated_windows(fit, windows, fold_of, seed=2)
-    assert len(rows) == sum(map(len, windows)) and not rows.duplicated(["size", "topic", "language", "start"]).any()
-    for fold, train in enumerate(seen):
-        own = rows[rows["fold"] == fold]
-        assert set(own["topic"]) == {topic for topic in topics if fold_of[topic] == fold} == set(topics) - train
-        assert set(own["predicted"]) == {LANGUAGES[(fold + 1) % 2]}
-    with pytest.raises(MomeError, match="has no fold"):
-        cross_validated_windows(fit, windows, {topics[0]: 0, topics[1]: 1})
 
 
 # ------------------------------------------------------------------------------------------- accuracy
