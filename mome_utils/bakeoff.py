@@ -54,8 +54,8 @@ from mome_utils.tokenization import encode
 
 __all__ = [
     "FEATURE_NAMES", "NAMES", "PUBLISHED", "assign_folds", "bake_off", "classifiers", "confusion_counts",
-    "cost_table", "cross_validate", "document_blocks", "enter", "expert_rows", "f1_interval", "lead_interval",
-    "macro_scores", "relative_cost", "score_table", "weighted_scores",
+    "cost_table", "cross_validate", "cut_blocks", "document_blocks", "enter", "expert_rows", "f1_interval",
+    "framed_documents", "lead_interval", "macro_scores", "relative_cost", "score_table", "weighted_scores",
 ]
 
 
@@ -80,17 +80,30 @@ def document_blocks(
         The blocks (int32 arrays of at most ``block_size`` ids) and the topic id of each.
     """
     documents = list(documents)
-    blocks: list[np.ndarray] = []
-    topics: list[str] = []
+    framed = framed_documents(tokenizer, documents)
+    if full_only:
+        documents = [document for document, ids in zip(documents, framed, strict=True) if len(ids) >= block_size]
+        framed = [ids for ids in framed if len(ids) >= block_size]
+    return cut_blocks(framed, [document.id for document in documents], block_size)
+
+
+def framed_documents(tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document]) -> list[np.ndarray]:
+    """The ids of each document alone, ``<s> … </s>``, int32."""
     encoded = encode(tokenizer, [document.text for document in documents])
-    for document, text_ids in zip(documents, encoded, strict=True):
-        ids = np.array([tokenizer.bos_token_id, *text_ids, tokenizer.eos_token_id], dtype=np.int32)
-        if full_only and len(ids) < block_size:
-            continue
+    return [np.array([tokenizer.bos_token_id, *ids, tokenizer.eos_token_id], np.int32) for ids in encoded]
+
+
+def cut_blocks(
+    framed: Sequence[np.ndarray], topics: Sequence[str], block_size: int
+) -> tuple[list[np.ndarray], list[str]]:
+    """The blocks of :func:`document_blocks` and their topics, from :func:`framed_documents` and a topic of each."""
+    blocks: list[np.ndarray] = []
+    of_blocks: list[str] = []
+    for ids, topic in zip(framed, topics, strict=True):
         cuts = range(0, max(len(ids) - block_size, 0) + 1, block_size)
         blocks.extend(ids[start : start + block_size] for start in cuts)
-        topics.extend([document.id] * len(cuts))
-    return blocks, topics
+        of_blocks.extend([topic] * len(cuts))
+    return blocks, of_blocks
 
 
 def assign_folds(topics: Iterable[str], folds: int, seed: int) -> dict[str, int]:

@@ -20,13 +20,12 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from transformers import PreTrainedTokenizerFast
 
-from mome_utils.bakeoff import assign_folds, document_blocks
+from mome_utils.bakeoff import assign_folds, cut_blocks, framed_documents
 from mome_utils.config import MomeError
 from mome_utils.corpus import Document
 from mome_utils.router_fit import Crops, fit_router
 from mome_utils.router_windows import document_windows, window_rows
 from mome_utils.routing import TokenRouter
-from mome_utils.tokenization import encode
 
 __all__ = ["PUBLISHED", "Training", "examine", "examine_fold", "for_short_prompts", "train_router"]
 
@@ -107,10 +106,8 @@ def _read(tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document], blo
         by_language.setdefault(document.language, []).append(document)
     blocks, block_topics, texts, text_topics = {}, {}, {}, {}
     for language, own in by_language.items():
-        blocks[language], block_topics[language] = document_blocks(tokenizer, own, block_size)
-        framed = encode(tokenizer, [document.text for document in own])
-        texts[language] = [np.array([tokenizer.bos_token_id, *ids, tokenizer.eos_token_id], np.int32) for ids in framed]
-        text_topics[language] = [document.id for document in own]
+        texts[language], text_topics[language] = framed_documents(tokenizer, own), [document.id for document in own]
+        blocks[language], block_topics[language] = cut_blocks(texts[language], text_topics[language], block_size)
     return _Text(blocks, block_topics, texts, text_topics)
 
 

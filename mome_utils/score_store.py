@@ -68,3 +68,25 @@ class ScoreStore:
         folder = self.store.path(_STAGE, key)
         self.touch(folder)
         return pd.read_parquet(folder / "rows.parquet")
+
+    def compute(
+        self, name: str, wanted: Sequence[tuple[Mapping[str, Any], tuple]], function: Callable[..., pd.DataFrame], *,
+        workers: int, modules: Sequence[str] = SCORE_MODULES,
+    ) -> list[pd.DataFrame]:
+        """Several tables of one name, read; those that are not there are computed first, side by side.
+
+        Args:
+            name: what they are.
+            wanted: of each table the inputs (keys of runs, and settings) and the arguments of ``function``.
+            function: gives one table; see :func:`mome_utils.sweeps.in_parallel`.
+            workers: processes.
+            modules: whose sources decide what the tables hold.
+        """
+        from mome_utils.sweeps import in_parallel
+
+        keyed = [(self.key(name, inputs, modules), inputs, job) for inputs, job in wanted]
+        todo = {key: (inputs, job) for key, inputs, job in keyed if not self.has(key)}
+        tables = in_parallel(function, [job for _, job in todo.values()], workers=max(1, min(workers, len(todo))))
+        for (key, (inputs, _)), table in zip(todo.items(), tables, strict=True):
+            self.save(key, table, dict(inputs), modules)
+        return [self.read(key) for key, *_ in keyed]

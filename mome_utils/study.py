@@ -172,7 +172,7 @@ class Study:
         """
         from mome_utils.continual import run_key, train_or_load
         from mome_utils.runs import STAGE, Run, cache_folder
-        from mome_utils.sweeps import in_parallel, train_job
+        from mome_utils.sweeps import in_parallel, train_job, work
 
         keys = [run_key(spec) for spec in specs]
         for teacher, language, cache in {(s.teacher, g, s.cache) for s in specs if s.teacher for g in s.languages}:
@@ -185,7 +185,8 @@ class Study:
                 self.data().blocks_of_groups(split, language, groups)
         loaded = len(set(keys)) - len(todo)
         if todo:
-            jobs = [(spec, self.store.root, self.data().path) for spec in todo.values()]
+            longest_first = sorted(todo.values(), key=work, reverse=True)
+            jobs = [(spec, self.store.root, self.data().path) for spec in longest_first]
             with SweepProgress(list(todo), self.store.root / STAGE) as progress:
                 in_parallel(train_job, jobs, workers=min(self.profile.jobs, len(jobs)), watch=progress.update)
         runs = [
@@ -249,22 +250,25 @@ class Study:
             split: ``test`` or ``validation``.
         """
         from mome_utils.runs import Run
-        from mome_utils.sweeps import in_parallel, score_job
 
-        runs, scores = [runs] if isinstance(runs, Run) else list(runs), self.scores
-        wanted: list[tuple[str, tuple]] = []
-        for run in runs:
+        some = [runs] if isinstance(runs, Run) else runs
+        return pd.concat(self.score_snapshots([(run, step) for run in some], languages, split), ignore_index=True)
+
+    def score_snapshots(
+        self, snapshots: Sequence[tuple[Run, int | None]], languages: Sequence[str] | None = None, split: str = "test"
+    ) -> list[pd.DataFrame]:
+        """A table of :meth:`score` for each run and step (``None`` for the final model), all scored side by side."""
+        from mome_utils.sweeps import score_job
+
+        wanted: list[tuple[dict[str, Any], tuple]] = []
+        for run, step in snapshots:
             codes = tuple(languages or run.spec.languages)
-            key = scores.key("documents", {"run": run.key, "languages": codes, "step": step, "split": split})
+            inputs = {"run": run.key, "languages": codes, "step": step, "split": split}
             job = (run.spec, run.folder, step, codes, split, self.profile.stride, self.data().path)
-            wanted.append((key, job))
-        todo = {key: job for key, job in wanted if not scores.has(key)}
-        tables = in_parallel(score_job, list(todo.values()), workers=max(1, min(self.profile.jobs, len(todo))))
-        for (key, job), table in zip(todo.items(), tables, strict=True):
-            scores.save(key, table, {"run": job[1].name, "languages": job[3], "step": step, "split": split})
-        scored = [scores.read(key).assign(run=run.key, seed=run.spec.seed)
-                  for (key, _), run in zip(wanted, runs, strict=True)]
-        return pd.concat(scored, ignore_index=True)
+            wanted.append((inputs, job))
+        tables = self.cached_tables("documents", wanted, score_job)
+        return [table.assign(run=run.key, seed=run.spec.seed)
+                for (run, _), table in zip(snapshots, tables, strict=True)]
 
     def score_arms(
         self, arms: Mapping[str, Sequence[Run]], languages: Sequence[str] | None = None, *, step: int | None = None
@@ -292,11 +296,14 @@ class Study:
         modules: Sequence[str] = SCORE_MODULES,
     ) -> pd.DataFrame:
         """A table computed once: ``inputs`` (keys of runs, settings) and the sources of ``modules`` are its key."""
-        scores = self.scores
-        key = scores.key(name, inputs, modules)
-        if not scores.has(key):
-            scores.save(key, compute(), dict(inputs), modules)
-        return scores.read(key)
+        return self.scores.compute(name, [(inputs, ())], compute, workers=1, modules=modules)[0]
+
+    def cached_tables(
+        self, name: str, wanted: Sequence[tuple[Mapping[str, Any], tuple]], function: Callable[..., pd.DataFrame],
+        modules: Sequence[str] = SCORE_MODULES,
+    ) -> list[pd.DataFrame]:
+        """:meth:`cached_rows` of several inputs, each with the arguments of ``function``, computed side by side."""
+        return self.scores.compute(name, wanted, function, workers=self.profile.jobs, modules=modules)
 
     # --------------------------------------------------------------- router
 

@@ -11,8 +11,16 @@ from mome_utils import recipes, recipes_continual
 from mome_utils.config import MomeError
 from mome_utils.evaluation import score_documents
 from mome_utils.forgetting import forgetting, r_matrix
-from mome_utils.forgetting_growth import grow_routers
-from mome_utils.forgetting_runs import changes_inside, class_rows, growing_rows, stage_rows, untrained_rows
+from mome_utils.forgetting_growth import grow_routers, score_growing
+from mome_utils.forgetting_runs import (
+    changes_inside,
+    class_rows,
+    growing_rows,
+    mixture_rows,
+    stage_rows,
+    untrained_rows,
+)
+from mome_utils.moe import MomeForCausalLM
 from mome_utils.router_fit import fit_router
 from mome_utils.study import Study
 from mome_utils.training import build_model
@@ -93,3 +101,16 @@ def test_jeet_forgets_nothing_when_frozen_and_something_when_not(study):
     assert change[False] > 0 and lost[False] != 0
     with pytest.raises(MomeError, match="growing_spec"):
         growing_rows(study, study.runs([recipes.sequential_spec(study, 0)]), routers)
+
+
+def test_a_growing_mixture_is_scored_as_by_hand(study):
+    specs = [recipes.student_spec(study, g, "ce", 0) for g in study.languages]
+    experts = dict(zip(study.languages, study.runs(specs), strict=True))
+    data = study.data()
+    routers = grow_routers({g: data.block_array("train", g) for g in study.languages}, data.vocab_size)
+    found = mixture_rows(study, [experts], routers)
+    model = MomeForCausalLM.from_experts({g: run.model() for g, run in experts.items()}, study.router()).eval()
+    documents = [d for g in study.languages for d in data.documents("test", g)]
+    expected = score_growing(model, data.tokenizer, documents, block_size=32, stride=16, routers=routers)
+    pd.testing.assert_frame_equal(found.drop(columns="seed"), expected)
+    assert set(found["seed"]) == {0}
