@@ -127,6 +127,25 @@ def test_a_table_of_scores_belongs_to_its_inputs_and_code_and_is_touched_when_re
         scores.has(key)
 
 
+def _squares(number, seen):
+    with seen.open("a", encoding="utf-8") as log:
+        log.write(f"{number}\n")
+    return pd.DataFrame({"square": [number**2]})
+
+
+def test_of_several_tables_only_missing_ones_are_computed_and_all_come_in_order(small, tmp_path):
+    study, seen = opened(small, jobs=2), tmp_path / "seen"
+    study.build_data()
+
+    def tables(*numbers):
+        found = study.cached_tables("squares", [({"of": n}, (n, seen)) for n in numbers], _squares)
+        return [int(table["square"][0]) for table in found]
+
+    assert tables(3, 2) == [9, 4]
+    assert tables(2, 5, 3, 5) == [4, 25, 9, 25]
+    assert sorted(seen.read_text(encoding="utf-8").split()) == ["2", "3", "5"]
+
+
 def test_finish_keeps_tables_claims_and_what_was_touched(small, capsys):
     study = opened(small)
     study.build_data()
