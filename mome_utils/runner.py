@@ -218,7 +218,8 @@ def run_study(
             cells = run_notebook(
                 path, folder / "notebooks" / path.name, request.parameters(source), root=root, on_cell=overview.cell
             )
-            _keep_record(folder, path, Record(path.stem, code_digest(source), parameters, {}, cells))
+            core = dataclasses.replace(request, arms="core").digest_of(source, resolved)
+            _keep_record(folder, path, Record(path.stem, code_digest(source), parameters, {}, cells), core)
             overview.finished(plan)
             ran += 1
     finally:
@@ -346,8 +347,11 @@ def _open_record(folder: Path, notebook: Path) -> None:
         write_record(record_path(folder, notebook), dataclasses.replace(before, finished=False))
 
 
-def _keep_record(folder: Path, notebook: Path, record: Record) -> None:
-    """Complete the record with what ``Study.finish`` noted, and write it."""
+def _keep_record(folder: Path, notebook: Path, record: Record, core: str) -> None:
+    """Complete the record with what ``Study.finish`` noted, and write it.
+
+    ``core`` is the digest of the same parameters without extended arms.
+    """
     path = _touched_path(folder, notebook)
     if not path.is_file():
         raise MomeError(
@@ -356,9 +360,11 @@ def _keep_record(folder: Path, notebook: Path, record: Record) -> None:
     touched = json.loads(path.read_text(encoding="utf-8"))
     before = read_record(record_path(folder, notebook))
     first, extra = record.seconds + touched["run_seconds"], touched["extra_seconds"]
-    if before is not None and (before.code, before.parameters) == (record.code, record.parameters):
-        # The last run found results that an earlier one had made.
-        first, extra = max(first, before.first_run), max(extra, before.extra)
+    if before is not None and before.code == record.code:
+        if before.parameters == record.parameters:  # the last run found results that an earlier one had made
+            first, extra = max(first, before.first_run), max(extra, before.extra)
+        elif before.parameters == core:  # its own time, which now holds the scoring of extended arms, is known
+            first = before.first_run
     complete = dataclasses.replace(
         record, manifests=touched["manifests"], first_run=first, extra=extra, extended=touched["extended"]
     )

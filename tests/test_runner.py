@@ -112,11 +112,16 @@ def test_arms_reach_the_notebooks_that_choose_them_and_make_only_those_stale(stu
     chooser.cells[1].source += '\narms: str = "core"  # or extended'
     root = study(_01_plain=toy("01_plain"), _02_chooser=chooser)
     assert run(root)[0] == 2
+    kept = runner.record_path(request(root).resolve()[1], Path("02_chooser.ipynb"))
+    first = read_record(kept)
     assert outputs(executed(root, "02_chooser")).split() == ["core", "1"]
     ran, shown = run(root, changes={"arms": "extended"})
     assert ran == 1 and "01_plain: up to date" in shown
     assert "02_chooser: started (its parameters have changed)" in shown
     assert outputs(executed(root, "02_chooser")).split() == ["extended", "1"]
+    second = read_record(kept)
+    assert first is not None and second is not None and first.cells != second.cells
+    assert second.first_run == first.first_run  # what the extended arms took is no part of it
     with pytest.raises(MomeError, match="'core' or 'extended', not 'all'"):
         request(root, arms="all")
 
