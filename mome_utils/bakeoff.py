@@ -11,7 +11,7 @@ together.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from time import process_time
 from typing import Any
@@ -53,9 +53,9 @@ from mome_utils.corpus import Document
 from mome_utils.tokenization import encode
 
 __all__ = [
-    "FEATURE_NAMES", "NAMES", "PUBLISHED", "assign_folds", "bake_off", "classifiers", "confusion_counts",
-    "cost_table", "cross_validate", "cut_blocks", "document_blocks", "enter", "expert_rows", "f1_interval",
-    "framed_documents", "lead_interval", "macro_scores", "relative_cost", "score_table", "weighted_scores",
+    "FEATURE_NAMES", "NAMES", "PUBLISHED", "Spread", "assign_folds", "bake_off", "classifiers", "confusion_counts",
+    "cost_table", "cross_validate", "cut_blocks", "document_blocks", "expert_rows", "f1_interval",
+    "framed_documents", "in_turn", "lead_interval", "macro_scores", "relative_cost", "score_table", "weighted_scores",
 ]
 
 
@@ -217,28 +217,46 @@ def _cross_validate(data: _Prepared, estimators: Mapping[str, Any], folds: int, 
     return pd.concat(rows, ignore_index=True)
 
 
+Spread = Callable[[Callable[..., pd.DataFrame], Sequence[tuple]], Sequence[pd.DataFrame]]
+"""Runs ``function(*job)`` of several jobs and gives the results in order, wherever it runs them."""
+
+
+def in_turn(function: Callable[..., pd.DataFrame], jobs: Sequence[tuple]) -> list[pd.DataFrame]:
+    """The simplest :data:`Spread`: one job after the other, in this process."""
+    return [function(*job) for job in jobs]
+
+
 def bake_off(
     blocks: Mapping[str, Sequence[Any]], topics: Mapping[str, Sequence[str]], vocab_size: int, *,
     tokenizer: PreTrainedTokenizerFast, seeds: Sequence[int], folds: int = 5,
-    costly_with: Sequence[str] = (TOKENS,),
+    costly_with: Sequence[str] = (TOKENS,), spread: Spread = in_turn,
 ) -> pd.DataFrame:
     """:func:`cross_validate` of all features and classifiers, once per seed, each time with other folds.
 
     Linear classifiers and naive Bayes meet every set of counted features, the costly classifiers those named
     in ``costly_with``, and the transformer reads the ids in order. Every entry is tested on every sequence with
     every seed.
+
+    Args:
+        blocks, topics, vocab_size, folds: as in :func:`cross_validate`.
+        tokenizer: turns ids into characters, for the features that read those.
+        seeds: of the folds and the classifiers.
+        costly_with: names of features.
+        spread: how the jobs, one per set of features and seed, are run: in turn, or side by side, for example
+            ``functools.partial(mome_utils.sweeps.in_parallel, workers=2)``.
     """
-    return pd.concat([
-        enter(blocks, topics, vocab_size, tokenizer, features.name, seed, folds, costly_with)
+    parts = spread(_cross_validate_features, [
+        (blocks, topics, vocab_size, tokenizer, features.name, seed, folds, costly_with)
         for features in feature_sets(tokenizer, vocab_size) for seed in seeds
-    ], ignore_index=True)
+    ])
+    return pd.concat(parts, ignore_index=True)
 
 
-def enter(
+def _cross_validate_features(
     blocks: Mapping[str, Sequence[Any]], topics: Mapping[str, Sequence[str]], vocab_size: int,
-    tokenizer: PreTrainedTokenizerFast, name: str, seed: int, folds: int = 5, costly_with: Sequence[str] = (TOKENS,),
+    tokenizer: PreTrainedTokenizerFast, name: str, seed: int, folds: int, costly_with: Sequence[str],
 ) -> pd.DataFrame:
-    """The rows of :func:`bake_off` of one set of features, by its name, and one seed, to run them side by side."""
+    """The rows of :func:`bake_off` of one set of features, by its name, and one seed."""
     features = next(found for found in feature_sets(tokenizer, vocab_size) if found.name == name)
     if name == SEQUENCE:
         estimators = reading_classifiers(seed, vocab_size)

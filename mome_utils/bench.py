@@ -1,8 +1,9 @@
 """Named benchmarks, ``mome bench NAME``: what a part of the package costs next to what it replaces.
 
-Two ways to do the same work are timed in turn, A B A B …, in one process: a machine that slows down slows both,
-and each round gives one ratio. A benchmark first checks that both give the same result, then returns one row per
-setting; :func:`run_benchmark` adds what machine it ran on. Times are not tests: nothing fails because it is slow.
+Two ways to do the same work are timed in turn, A B A B …, in one process (training in one warm process for each,
+see :mod:`mome_utils.bench_sides`): a machine that slows down slows both, and each round gives one ratio. A benchmark
+whose sides do the same sums checks first that both give the same result, then returns one row per setting;
+:func:`run_benchmark` adds what machine it ran on. Times are not tests: nothing fails because it is slow.
 
 A benchmark is a function that takes ``root`` and ``rounds`` and returns rows, or gives them one by one where it takes
 long; :data:`BENCHMARKS` names it.

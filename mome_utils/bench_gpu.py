@@ -13,6 +13,7 @@ Steps wait for the device before the clock is read. Weights and texts are random
 
 from __future__ import annotations
 
+import gc
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -61,7 +62,8 @@ def gpu(
 
     Returns:
         A row for each comparison: tokens per second of both (medians over the rounds), their ratio (median, lowest
-        and highest round), the fraction of the device's matrix rate, and the most memory in use (MB, with weights).
+        and highest round), the fraction of the device's matrix rate, and the most memory in use while both are there
+        (MB, with weights).
         The teacher is compared with nothing.
 
     Raises:
@@ -82,8 +84,22 @@ def gpu(
     rate = matrix_rate(profile.dtype, side.threads, size=matrix, device=device)
     timed = partial(alternate, rounds=rounds, least_seconds=least_seconds, clock=partial(_clock, device))
     with tempfile.TemporaryDirectory() as folder:
-        rows = [part(side, timed, rate, device, Path(folder)) for part in (_teacher, _distillation)]
-    return rows + [_dispatch(variant, profile, sequences, timed, device) for variant in VARIANTS]
+        rows = []
+        for part in (_teacher, _distillation):
+            _begin(device)
+            rows.append(part(side, timed, rate, device, Path(folder)))
+    for variant in VARIANTS:
+        _begin(device)
+        rows.append(_dispatch(variant, profile, sequences, timed, device))
+    return rows
+
+
+def _begin(device: str) -> None:
+    """Nothing of the part before stays on the device, nor in its peak of memory."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def _clock(device: str) -> float:
@@ -180,8 +196,6 @@ def _row(
     first, second = float(np.median(times.first)), float(np.median(times.second))
     tokens = side.batch * side.block
     memory = torch.cuda.max_memory_allocated() / 1e6 if device == "cuda" else 0.0
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     return {
         "measured": measured, "against": against, "tokens_per_s": tokens / first,
         "against_tokens_per_s": tokens / second, "ratio": float(np.median(ratios)), "lowest": min(ratios),

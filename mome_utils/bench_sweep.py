@@ -6,7 +6,8 @@ Ours caches the three teachers' hidden states first, then trains side by side th
 (:func:`mome_utils.bench_sides.textbook_loop`) trains the same students on the same sequences, one after the other in
 one process, with as many threads as ours has workers; it caches, validates and stores nothing. Both are timed from
 the start of a process to its end, by the time that passes: start-up counts, so the runs must be long enough. The data
-set and the teachers (untrained: they cost what trained ones do) are made beforehand.
+set and the teachers (untrained: they cost what trained ones do) are made beforehand. Both keep freed memory for the
+next step, which helps the textbook: its like in :mod:`mome_utils.bench_sides` does not.
 """
 
 from __future__ import annotations

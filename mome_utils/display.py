@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -54,8 +55,10 @@ class SweepProgress:
 
     def update(self, finished: int) -> None:
         """Show the runs that are done and the steps of those under way."""
-        steps = [p.read_text(encoding="utf-8") for key in self.keys
-                 if (p := self.folder / f"{key}.unfinished" / "progress").is_file()]
+        steps = []
+        for key in self.keys:
+            with contextlib.suppress(FileNotFoundError):  # not begun, or finished just now
+                steps.append((self.folder / f"{key}.unfinished" / "progress").read_text(encoding="utf-8"))
         under_way = f"; under way: step {', '.join(s for s in steps if s)}" if steps else ""
         self._show(f"{finished} of {len(self.keys)} runs trained{under_way}")
 

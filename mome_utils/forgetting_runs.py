@@ -36,7 +36,10 @@ __all__ = [
 
 _MODULES = ("mome_utils.evaluation", "mome_utils.models")
 _CLASSES = ("mome_utils.evaluation", "mome_utils.token_classes")
-_GROWTH = tuple(f"mome_utils.{m}" for m in ("evaluation", "forgetting_growth", "moe", "moe_dispatch", "routing"))
+_GROWTH = tuple(
+    f"mome_utils.{m}"
+    for m in ("evaluation", "forgetting_growth", "moe", "moe_dispatch", "moe_inference", "routing")
+)
 
 
 def stage_rows(study: Study, arms: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
@@ -211,4 +214,4 @@ def _with_seeds(tables: Sequence[pd.DataFrame], runs: Sequence[Run]) -> pd.DataF
 
 def _digest_of(routers: Sequence[TokenRouter | None]) -> str:
     """A name for what routers compute."""
-    return digest([None if r is None else [r.weight.tolist(), r.bias.tolist(), r.idf.tolist()] for r in routers])
+    return digest([None if r is None else {k: v.tolist() for k, v in r.state_dict().items()} for r in routers])

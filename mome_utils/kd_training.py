@@ -40,7 +40,9 @@ class KDTrainer(LMTrainer):
         self.objective: Objective = self.spec.objective
         self.rule = make_alpha(self.objective.alpha, self.objective.value, self.spec.steps)
         states = self.feed.states
-        self.head: Head = head.to(states[0].dtype) if isinstance(head, Tensor) and states is not None else head
+        if isinstance(head, Tensor) and states is not None:
+            head = head.to(self.args.device, states[0].dtype)
+        self.head: Head = head
         self.share = Share(self.objective.micro_batches, self.args.world_size, self.args.process_index)
         mine = self.share.mine
         self.own = replace(self.objective, micro_batches=mine.stop - mine.start)  # of this process's micro-batches

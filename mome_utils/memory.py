@@ -57,4 +57,4 @@ def _status(name: str) -> int:
     if not _STATUS.exists():
         return 0
     values = dict(line.split(":", 1) for line in _STATUS.read_text(encoding="utf-8").splitlines())
-    return 1024 * int(values[name].split()[0])
+    return 1024 * int(values.get(name, "0").split()[0])

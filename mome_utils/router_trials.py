@@ -20,14 +20,14 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from transformers import PreTrainedTokenizerFast
 
-from mome_utils.bakeoff import assign_folds, cut_blocks, framed_documents
+from mome_utils.bakeoff import Spread, assign_folds, cut_blocks, framed_documents, in_turn
 from mome_utils.config import MomeError
 from mome_utils.corpus import Document
 from mome_utils.router_fit import Crops, fit_router
 from mome_utils.router_windows import document_windows, window_rows
 from mome_utils.routing import TokenRouter
 
-__all__ = ["PUBLISHED", "Training", "examine", "examine_fold", "for_short_prompts", "train_router"]
+__all__ = ["PUBLISHED", "Training", "examine", "for_short_prompts", "train_router"]
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def train_router(
 
 def examine(
     tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document], block_size: int, sizes: Sequence[int],
-    training: Training, folds: int = 5, seed: int = 0,
+    training: Training, folds: int = 5, seed: int = 0, spread: Spread = in_turn,
 ) -> pd.DataFrame:
     """Every window of every document, decided by a router that was trained without its topic.
 
@@ -138,27 +138,39 @@ def examine(
         tokenizer, documents, block_size, training: as in :func:`train_router`.
         sizes: of the windows, in tokens; each size is also the distance from window to window.
         folds: parts of the cross-validation. seed: of the folds and the crops.
+        spread: how the folds are run, as in :func:`mome_utils.bakeoff.bake_off`.
 
     Returns:
         Rows of :func:`mome_utils.router_windows.window_rows` with a column ``fold``, without the probabilities of the
         single languages (they are not calibrated).
+
+    Raises:
+        MomeError: no document is as long as the longest windows.
     """
-    jobs = [(tokenizer, documents, block_size, sizes, training, fold, folds, seed) for fold in range(folds)]
-    return pd.concat([examine_fold(*job) for job in jobs], ignore_index=True)
+    parts = spread(_examine_fold, [
+        (tokenizer, documents, block_size, sizes, training, fold, folds, seed) for fold in range(folds)
+    ])
+    return pd.concat(parts, ignore_index=True)
 
 
-def examine_fold(
+def _examine_fold(
     tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document], block_size: int, sizes: Sequence[int],
-    training: Training, fold: int, folds: int = 5, seed: int = 0,
+    training: Training, fold: int, folds: int, seed: int,
 ) -> pd.DataFrame:
-    """The rows of :func:`examine` of one fold, 0 to ``folds - 1``, for folds that are examined side by side."""
+    """The rows of :func:`examine` of one fold."""
     fold_of = assign_folds([document.id for document in documents], folds, seed)
     known = frozenset(topic for topic, place in fold_of.items() if place != fold)
-    held_out = [document for document in documents if document.id not in known]
     text = _read(tokenizer, documents, block_size)
+    lengths = {(g, topic): len(ids) - 2 for g, part in text.texts.items()
+               for topic, ids in zip(text.text_topics[g], part, strict=True)}  # without <s> and </s>
+    if max(sizes) > max(lengths.values()):
+        raise MomeError(f"No document has {max(sizes)} tokens: use shorter windows or longer documents.")
+    held_out = [document for document in documents if document.id not in known]
+    rows = []
     with threadpool_limits(1):
         router = training.fit(*text.of(known), len(tokenizer), seed)
-        rows = pd.concat([
-            window_rows(router, document_windows(tokenizer, held_out, size), seed=seed) for size in sizes
-        ], ignore_index=True).assign(fold=fold)
-    return rows[[column for column in rows.columns if not column.startswith("p_")]]
+        for size in sizes:
+            if long := [document for document in held_out if lengths[document.language, document.id] >= size]:
+                rows.append(window_rows(router, document_windows(tokenizer, long, size), seed=seed))
+    found = pd.concat(rows, ignore_index=True).assign(fold=fold) if rows else pd.DataFrame()
+    return found[[column for column in found.columns if not column.startswith("p_")]]

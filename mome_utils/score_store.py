@@ -59,9 +59,7 @@ class ScoreStore:
         self, key: str, table: pd.DataFrame, parameters: Mapping[str, Any], modules: Sequence[str] = SCORE_MODULES
     ) -> None:
         """Keep a table under its :meth:`key`; ``parameters`` and ``modules`` are noted in its manifest."""
-        inputs = {"data": self.data}
-        with self.store.create(_STAGE, key, inputs=inputs, parameters=parameters, modules=modules) as result:
-            table.to_parquet(result.folder / "rows.parquet", index=False)
+        _save(self.store, self.data, key, table, parameters, modules)
 
     def read(self, key: str) -> pd.DataFrame:
         """A table that is there, touched."""
@@ -85,8 +83,24 @@ class ScoreStore:
         from mome_utils.sweeps import in_parallel
 
         keyed = [(self.key(name, inputs, modules), inputs, job) for inputs, job in wanted]
-        todo = {key: (inputs, job) for key, inputs, job in keyed if not self.has(key)}
-        tables = in_parallel(function, [job for _, job in todo.values()], workers=max(1, min(workers, len(todo))))
-        for (key, (inputs, _)), table in zip(todo.items(), tables, strict=True):
-            self.save(key, table, dict(inputs), modules)
+        todo = {
+            key: (function, job, self.store, self.data, key, inputs, modules)
+            for key, inputs, job in keyed if not self.has(key)
+        }
+        in_parallel(_compute, list(todo.values()), workers=max(1, min(workers, len(todo))))
         return [self.read(key) for key, *_ in keyed]
+
+
+def _compute(
+    function: Callable[..., pd.DataFrame], job: tuple, store: Store, data: str, key: str,
+    parameters: Mapping[str, Any], modules: Sequence[str],
+) -> None:
+    """Compute a table and keep it at once: what is done when another job fails is not lost."""
+    _save(store, data, key, function(*job), parameters, modules)
+
+
+def _save(
+    store: Store, data: str, key: str, table: pd.DataFrame, parameters: Mapping[str, Any], modules: Sequence[str]
+) -> None:
+    with store.create(_STAGE, key, inputs={"data": data}, parameters=dict(parameters), modules=modules) as result:
+        table.to_parquet(result.folder / "rows.parquet", index=False)

@@ -107,6 +107,7 @@ class Study:
     def _introduce(self) -> None:
         import torch
 
+        from mome_utils.compilation import compiler
         from mome_utils.sweeps import quiet
         from mome_utils.training import resolve_dtype
 
@@ -118,6 +119,8 @@ class Study:
             ("profile", self.profile.name),
             ("corpus", f"{self.corpus.name}, {len(self.corpus.documents):,} documents in {', '.join(self.languages)}"),
             ("device", f"{device}, {resolve_dtype(self.profile.dtype)}"),
+            *([("compilation", "no C++ compiler was found: everything runs eagerly")]
+              if self.profile.compile and not compiler() else []),
             ("seeds", ", ".join(map(str, self.seeds))),
         ]
         display(Markdown("| | |\n|---|---|\n" + "\n".join(f"| **{a}** | {b} |" for a, b in rows)))
@@ -172,7 +175,7 @@ class Study:
         """
         from mome_utils.continual import run_key, train_or_load
         from mome_utils.runs import STAGE, Run, cache_folder
-        from mome_utils.sweeps import in_parallel, train_job, work
+        from mome_utils.sweeps import in_parallel, train_job, training_cost
 
         keys = [run_key(spec) for spec in specs]
         for teacher, language, cache in {(s.teacher, g, s.cache) for s in specs if s.teacher for g in s.languages}:
@@ -185,7 +188,7 @@ class Study:
                 self.data().blocks_of_groups(split, language, groups)
         loaded = len(set(keys)) - len(todo)
         if todo:
-            longest_first = sorted(todo.values(), key=work, reverse=True)
+            longest_first = sorted(todo.values(), key=training_cost, reverse=True)
             jobs = [(spec, self.store.root, self.data().path) for spec in longest_first]
             with SweepProgress(list(todo), self.store.root / STAGE) as progress:
                 in_parallel(train_job, jobs, workers=min(self.profile.jobs, len(jobs)), watch=progress.update)
@@ -296,7 +299,11 @@ class Study:
         modules: Sequence[str] = SCORE_MODULES,
     ) -> pd.DataFrame:
         """A table computed once: ``inputs`` (keys of runs, settings) and the sources of ``modules`` are its key."""
-        return self.scores.compute(name, [(inputs, ())], compute, workers=1, modules=modules)[0]
+        scores = self.scores
+        key = scores.key(name, inputs, modules)
+        if not scores.has(key):
+            scores.save(key, compute(), inputs, modules)
+        return scores.read(key)
 
     def cached_tables(
         self, name: str, wanted: Sequence[tuple[Mapping[str, Any], tuple]], function: Callable[..., pd.DataFrame],

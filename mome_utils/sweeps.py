@@ -32,7 +32,7 @@ from mome_utils.memory import keep_freed_memory, release_freed_memory
 from mome_utils.runs import STAGE, Run, cache_teacher, run_key, torch_threads
 from mome_utils.training import TrainSpec
 
-__all__ = ["cache_job", "in_parallel", "on_device", "quiet", "score_job", "train_job", "work"]
+__all__ = ["cache_job", "in_parallel", "on_device", "quiet", "score_job", "train_job", "training_cost"]
 
 
 #: Two jobs must not share a process: they would draw from one random generator, and neither would be repeatable.
@@ -81,7 +81,8 @@ def in_parallel(
         while watch is not None and not done.wait(pause):
             watch(parallel.n_completed_tasks)  # results in order would hide the jobs that overtook others
 
-    Thread(target=look, daemon=True).start()
+    looking = Thread(target=look, daemon=True)
+    looking.start()
     try:
         with warnings.catch_warnings():
             # A worker that was idle for long, or whose memory has grown, is replaced: its job is not lost.
@@ -89,6 +90,7 @@ def in_parallel(
             results.extend(parallel(joblib.delayed(_alone)(function, job) for job in jobs))
     finally:
         done.set()
+        looking.join()  # its last word must not come after ours
     if watch is not None:
         watch(len(results))
     return results
@@ -124,12 +126,12 @@ def on_device(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _settle() -> None:
-    """Each worker is a process of its own, started anew."""
+    """What a process needs once before its first job; where workers are started anew, each one does."""
     quiet()
     keep_freed_memory()
 
 
-def work(spec: TrainSpec) -> float:
+def training_cost(spec: TrainSpec) -> float:
     """Multiplications of a run's training, up to a factor: a sweep that begins with the longest run ends sooner.
 
     A GPT-2 block holds 12 · width² weights (Radford et al. 2019); MoE-CE reads every sequence twice.

@@ -168,7 +168,9 @@ def checked(parts: Mapping[str, Tensor], cache: SparseCache, vocabulary: int) ->
     if bool((ordered[..., 1:] == ordered[..., :-1]).any()):
         raise MomeError("A position of the teacher names a token twice: give k different ones.")
     log_probs = parts["log_probs"]
-    if not bool((log_probs.float().exp().sum(-1) <= 1 + EXCESS).all()):  # also refuses nan
+    if not bool(torch.isfinite(log_probs).all()):
+        raise MomeError("A kept token of the teacher has no finite log-probability: store fewer tokens per position.")
+    if not bool((log_probs.float().exp().sum(-1) <= 1 + EXCESS).all()):
         raise MomeError("The log-probabilities of a position sum to more than 1: give natural logarithms.")
     return {**found, "log_probs": log_probs.clamp(max=0).half()}
 

@@ -98,3 +98,13 @@ def test_source_digest_sees_code_and_not_prose(tmp_path, monkeypatch):
     assert first == now('"""Two."""\n# a comment\ndef f(x):\n    """Other."""\n    return x + 1  # why\n')
     assert first != now('"""One."""\ndef f(x):\n    """Doc."""\n    return x + 2\n')
     assert "digest_probe" not in sys.modules, "sources are read, not imported"
+
+
+def test_a_source_that_is_declared_to_give_the_same_numbers_keeps_their_name(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "digest_probe.py").write_text("x = 1", encoding="utf-8")
+    own = source_digest("digest_probe")
+    monkeypatch.setattr("mome_utils.artifacts.SAME_NUMBERS", {own: "0123456789abcdef"})
+    assert source_digest("digest_probe") == "0123456789abcdef"
+    (tmp_path / "digest_probe.py").write_text("x = 2", encoding="utf-8")
+    assert source_digest("digest_probe") not in (own, "0123456789abcdef")

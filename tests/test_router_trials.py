@@ -63,6 +63,15 @@ def test_pieces_help_short_windows_and_cost_nothing_at_full_length(corpus, token
     assert scores["ours"][64] > scores["published"][64] - 0.005 and scores["ours"][64] > 0.97
 
 
+def test_a_fold_without_a_document_as_long_as_a_window_is_passed_over(corpus, tokenizer):
+    count = {d.id: len(tokenizer(d.text, add_special_tokens=False)["input_ids"]) for d in corpus.documents}
+    longest = max(count.values())
+    rows = examine(tokenizer, corpus.documents, 64, [16, longest], PUBLISHED, folds=3)
+    assert rows[rows["size"] == longest]["fold"].nunique() == 1 and rows[rows["size"] == 16]["fold"].nunique() == 3
+    with pytest.raises(MomeError, match=f"No document has {10 * longest} tokens"):
+        examine(tokenizer, corpus.documents, 64, [10 * longest], PUBLISHED, folds=3)
+
+
 def test_each_window_is_decided_once_by_a_router_that_never_saw_its_topic(corpus, tokenizer):
     training = for_short_prompts(2)
     rows = examine(tokenizer, corpus.documents, 64, [16], training, folds=3, seed=4)

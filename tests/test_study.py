@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import joblib
 import pandas as pd
 import pytest
 
@@ -13,6 +14,7 @@ from mome_utils.figures import token_bars
 from mome_utils.intervals import Interval
 from mome_utils.places import study_folder
 from mome_utils.study import Study
+from mome_utils.sweeps import in_parallel
 
 
 @pytest.fixture
@@ -144,6 +146,17 @@ def test_of_several_tables_only_missing_ones_are_computed_and_all_come_in_order(
     assert tables(3, 2) == [9, 4]
     assert tables(2, 5, 3, 5) == [4, 25, 9, 25]
     assert sorted(seen.read_text(encoding="utf-8").split()) == ["2", "3", "5"]
+    with pytest.raises(TypeError):
+        tables(7, None)
+    assert study.scores.has(study.scores.key("squares", {"of": 7}))  # what was done before the error is kept
+
+
+def test_a_cached_table_may_run_jobs_of_its_own_wherever_they_go(small):
+    study = opened(small)
+    study.build_data()
+    with joblib.parallel_config("threading", n_jobs=2):
+        found = study.cached_rows("t", {}, lambda: pd.DataFrame({"x": in_parallel(abs, [(-1,), (2,)], workers=2)}))
+    assert found["x"].tolist() == [1, 2]
 
 
 def test_finish_keeps_tables_claims_and_what_was_touched(small, capsys):

@@ -173,7 +173,8 @@ def test_what_cannot_be_is_refused():
     (lambda p: {**p, "indices": p["indices"].int() + V}, "outside the student's vocabulary"),
     (lambda p: {**p, "indices": torch.zeros_like(p["indices"])}, "names a token twice"),
     (lambda p: {**p, "log_probs": p["log_probs"] / -1.0}, "sum to more than 1"),
-    (lambda p: {**p, "log_probs": p["log_probs"] * math.nan}, "sum to more than 1"),
+    (lambda p: {**p, "log_probs": p["log_probs"] * math.nan}, "no finite log-probability"),
+    (lambda p: {**p, "log_probs": p["log_probs"] - math.inf}, "no finite log-probability"),
 ])
 def test_rows_of_an_api_that_cannot_be_are_refused(change, message):
     cache = SparseCache(3)
