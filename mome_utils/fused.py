@@ -163,7 +163,7 @@ def fused_losses(
     needs: Sequence[tuple[bool, bool]], weights: Sequence[tuple[float, float]] | Weigh, *,
     dtype: torch.dtype | None = None, norms: bool = False,
 ) -> FusedLosses:
-    """L_LM and L_KD of every micro-batch and the gradient of their weighed mean.
+    """L_LM and L_KD of every micro-batch and the gradient of their weighted mean.
 
     The same numbers as :func:`~mome_utils.distillation.micro_losses` of the logits.
 

@@ -41,7 +41,7 @@ def readme_block(root: Path, entries: Mapping[str, Entry]) -> str:
         lines.append(f"| [{title}](notebooks/{name}.ipynb) | {question} | {took} |")
     total = in_words(sum(entry["first_run_seconds"] for entry in study["notebooks"].values()))
     cores = study["cores"]
-    asked = " `--arms extended` adds the extended arms; they are shown." if study["arms"] == "extended" else ""
+    asked = " `--arms extended` trains the extended arms too, as was done here." if study["arms"] == "extended" else ""
     lines += ["", f"Together {total} on {cores} processor cores the first time, and seconds after that.{asked}"
               + _trained(study["notebooks"]), ""]
     return "\n".join([*lines, *claims_table(entries, root)])

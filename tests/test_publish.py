@@ -208,7 +208,7 @@ def test_the_readme_tells_the_time_of_the_extended_arms_apart(repository: Path, 
     study["arms"], study["notebooks"]["01_toy"]["extended_seconds"] = "extended", 1500.0
     path.write_text(json.dumps(study), encoding="utf-8")
     assert "(extended arms: 25 min 0 s more) |" in readme_block(repository, entries)
-    assert "`--arms extended` adds the extended arms; they are shown.\n" in readme_block(repository, entries)
+    assert "`--arms extended` trains the extended arms too, as was done here.\n" in readme_block(repository, entries)
     study["notebooks"]["02_again"] = study["notebooks"]["01_toy"] | {
         "tokens": {"runs/a": 3_000_000, "runs/b": 5_000_000, "runs/c": 6_000_000}, "extended": ["runs/b", "runs/c"],
     }
