@@ -215,7 +215,7 @@ def test_the_readme_tells_the_time_of_the_extended_arms_apart(repository: Path, 
     study["notebooks"]["01_toy"] |= {"tokens": {"runs/c": 6_000_000}, "extended": []}  # core here, so core
     nbformat.write(toy(), repository / "notebooks" / "02_again.ipynb")
     path.write_text(json.dumps(study), encoding="utf-8")
-    told = ("shown. It trains 2 language models on 9 million tokens (with the extended arms 3 language models on 14 "
+    told = ("here. It trains 2 language models on 9 million tokens (with the extended arms 3 language models on 14 "
             "million tokens).")
     assert told in readme_block(repository, entries)
 
