@@ -44,7 +44,9 @@ def rates(claim: str, truth: float, chosen: Design) -> dict[str, float]:
 def test_the_design_is_the_studys() -> None:
     for claim in COMPARED:
         assert (design(claim).seeds, design(claim).sizes.shape) == (3, (40, 4))
-    assert design("C1").share_of_seeds() < 0.1 and design("C5a").share_of_seeds() > 0.7
+    # Intervals are tried where documents decide and where seeds do. Which effects these are, each published run says
+    # anew: three seeds tell little about their own spread.
+    assert design("C2a").share_of_seeds() < 0.1 and design("C5a").share_of_seeds() > 0.7
 
 
 @pytest.mark.parametrize("claim", COMPARED)
