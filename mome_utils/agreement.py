@@ -63,6 +63,7 @@ SUMS = (
     "teacher_entropy", "student_hits", "teacher_hits",
 )
 
+
 @dataclass(frozen=True)
 class Agreement:
     """Sums per document.

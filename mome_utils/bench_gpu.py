@@ -63,8 +63,7 @@ def gpu(
     Returns:
         A row for each comparison: tokens per second of both (medians over the rounds), their ratio (median, lowest
         and highest round), the fraction of the device's matrix rate, and the most memory in use while both are there
-        (MB, with weights).
-        The teacher is compared with nothing.
+        (MB, with weights). The teacher is compared with nothing.
 
     Raises:
         MomeError: fewer rounds than one, no GPU, or a batch that the languages do not divide.
