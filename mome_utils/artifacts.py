@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -90,17 +91,23 @@ def source_digest(*modules: str) -> str:
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:
             raise MomeError(f"The module '{name}', which defines a result, cannot be found: reinstall mome_utils.")
-        tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-                first = node.body[0] if node.body else None
-                if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(
-                    first.value.value, str
-                ):
-                    node.body = node.body[1:] or [ast.Pass()]
-        trees.append(f"{name}\n{ast.dump(tree)}")
+        trees.append(f"{name}\n{_syntax_tree(Path(spec.origin).read_text(encoding='utf-8'))}")
     found = hashlib.sha256("\n".join(trees).encode()).hexdigest()[:16]
     return SAME_NUMBERS.get(found, found)
+
+
+@cache  # a study asks for the digests of a few dozen sources thousands of times
+def _syntax_tree(source: str) -> str:
+    """The syntax tree of a module without comments and docstrings, as text."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            first = node.body[0] if node.body else None
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(
+                first.value.value, str
+            ):
+                node.body = node.body[1:] or [ast.Pass()]
+    return ast.dump(tree)
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:

@@ -80,20 +80,15 @@ def chosen_courses(arms: str, further: Sequence[str] = ()) -> tuple[str, ...]:
     return tuple(arm for arm, course in COURSES.items() if course.tier in tiers or arm in further)
 
 
-def orders(study: Study, arms: str = "extended") -> tuple[tuple[str, ...], ...]:
+def orders(study: Study) -> tuple[tuple[str, ...], ...]:
     """Orders of the languages: the study's own first, then its reverse, then the halves swapped.
 
-    ``core`` stops after the reverse. At ``gpu`` and ``paper`` the extended arms have every order of the languages. Two
-    languages have two.
+    At ``gpu`` and ``paper`` every order follows. Two languages have two.
     """
     own = tuple(study.languages)
-    first = tuple(dict.fromkeys((own, own[::-1])))
-    if arms != "extended":
-        return first
-    if study.profile.name in ("gpu", "paper"):
-        return (*first, *(order for order in permutations(own) if order not in first))
     half = len(own) // 2
-    return tuple(dict.fromkeys((*first, own[half:] + own[:half])))
+    rest = permutations(own) if study.profile.name in ("gpu", "paper") else [own[half:] + own[:half]]
+    return tuple(dict.fromkeys((own, own[::-1], *rest)))
 
 
 def session_spec(study: Study, seed: int, arm: str) -> TrainSpec:

@@ -85,6 +85,11 @@ class _Text:
     texts: dict[str, list[np.ndarray]]
     text_topics: dict[str, list[str]]
 
+    def lengths(self) -> dict[tuple[str, str], int]:
+        """Tokens of each language's and topic's document, without ``<s>`` and ``</s>``."""
+        return {(g, topic): len(ids) - 2 for g, part in self.texts.items()
+                for topic, ids in zip(self.text_topics[g], part, strict=True)}
+
     def of(self, topics: frozenset[str]) -> tuple[dict[str, list[np.ndarray]], dict[str, list[np.ndarray]]]:
         """Blocks and documents of some topics."""
         return _select(self.blocks, self.block_topics, topics), _select(self.texts, self.text_topics, topics)
@@ -129,48 +134,55 @@ def train_router(
 
 
 def examine(
-    tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document], block_size: int, sizes: Sequence[int],
-    training: Training, folds: int = 5, seed: int = 0, spread: Spread = in_turn,
+    trials: Mapping[str, tuple[PreTrainedTokenizerFast, Training]], documents: Sequence[Document], block_size: int,
+    sizes: Sequence[int], folds: int = 5, seed: int = 0, spread: Spread = in_turn,
 ) -> pd.DataFrame:
     """Every window of every document, decided by a router that was trained without its topic.
 
     Args:
-        tokenizer, documents, block_size, training: as in :func:`train_router`.
+        trials: by name, the tokenizer and the training of the routers to examine.
+        documents, block_size: as in :func:`train_router`.
         sizes: of the windows, in tokens; each size is also the distance from window to window.
         folds: parts of the cross-validation. seed: of the folds and the crops.
-        spread: how the folds are run, as in :func:`mome_utils.bakeoff.bake_off`.
+        spread: how the folds of all trials are run, as in :func:`mome_utils.bakeoff.bake_off`.
 
     Returns:
-        Rows of :func:`mome_utils.router_windows.window_rows` with a column ``fold``, without the probabilities of the
-        single languages (they are not calibrated).
+        Rows of :func:`mome_utils.router_windows.window_rows` with the columns ``trial`` and ``fold``, trial by trial,
+        without the probabilities of the single languages (they are not calibrated).
 
     Raises:
-        MomeError: no document is as long as the longest windows.
+        MomeError: a tokenizer for which no document is as long as the longest windows, before any router is trained.
     """
-    parts = spread(_examine_fold, [
-        (tokenizer, documents, block_size, sizes, training, fold, folds, seed) for fold in range(folds)
+    fold_of = assign_folds([document.id for document in documents], folds, seed)
+    read: dict[int, _Text] = {}
+    for tokenizer, _ in trials.values():
+        if id(tokenizer) not in read:
+            read[id(tokenizer)] = text = _read(tokenizer, documents, block_size)
+            if max(sizes) > max(text.lengths().values()):
+                raise MomeError(f"No document has {max(sizes)} tokens: use shorter windows or longer documents.")
+    jobs = [(name, fold) for name in trials for fold in range(folds)]
+    # The trainings with most pieces first: whoever is done early goes on with the short ones.
+    jobs.sort(key=lambda job: -sum(kind.number for kind in trials[job[0]][1].crops))
+    held_out = [[document for document in documents if fold_of[document.id] == fold] for fold in range(folds)]
+    known = [frozenset(topic for topic, place in fold_of.items() if place != fold) for fold in range(folds)]
+    found = spread(_examine_fold, [
+        (*trials[name], read[id(trials[name][0])], known[fold], held_out[fold], sizes, seed) for name, fold in jobs
     ])
-    return pd.concat(parts, ignore_index=True)
+    rows = {job: table.assign(trial=job[0], fold=job[1]) for job, table in zip(jobs, found, strict=True)}
+    return pd.concat([rows[name, fold] for name in trials for fold in range(folds)], ignore_index=True)
 
 
 def _examine_fold(
-    tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document], block_size: int, sizes: Sequence[int],
-    training: Training, fold: int, folds: int, seed: int,
+    tokenizer: PreTrainedTokenizerFast, training: Training, text: _Text, known: frozenset[str],
+    held_out: Sequence[Document], sizes: Sequence[int], seed: int,
 ) -> pd.DataFrame:
-    """The rows of :func:`examine` of one fold."""
-    fold_of = assign_folds([document.id for document in documents], folds, seed)
-    known = frozenset(topic for topic, place in fold_of.items() if place != fold)
-    text = _read(tokenizer, documents, block_size)
-    lengths = {(g, topic): len(ids) - 2 for g, part in text.texts.items()
-               for topic, ids in zip(text.text_topics[g], part, strict=True)}  # without <s> and </s>
-    if max(sizes) > max(lengths.values()):
-        raise MomeError(f"No document has {max(sizes)} tokens: use shorter windows or longer documents.")
-    held_out = [document for document in documents if document.id not in known]
+    """The rows of :func:`examine` of one fold: learn from the known topics, decide the windows of the others."""
+    lengths = text.lengths()
     rows = []
     with threadpool_limits(1):
         router = training.fit(*text.of(known), len(tokenizer), seed)
         for size in sizes:
             if long := [document for document in held_out if lengths[document.language, document.id] >= size]:
                 rows.append(window_rows(router, document_windows(tokenizer, long, size), seed=seed))
-    found = pd.concat(rows, ignore_index=True).assign(fold=fold) if rows else pd.DataFrame()
+    found = pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
     return found[[column for column in found.columns if not column.startswith("p_")]]
