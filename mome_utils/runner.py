@@ -14,7 +14,8 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -232,7 +233,7 @@ def run_notebook(
     on_cell: Callable[[int], None] = lambda number: None,
     skip: Callable[[Mapping[str, Any]], bool] = is_skipped,
 ) -> list[float]:
-    """Execute ``source`` into ``output``, which is saved after each cell.
+    """Execute ``source`` into ``output``, which is saved every few seconds and at the end, an error's too.
 
     Args:
         source: the notebook.
@@ -325,7 +326,30 @@ class StudyEngine(NBClientEngine):
         **_: Any,
     ) -> Any:
         """Execute the notebook that ``nb_man`` holds."""
-        return _Client(nb_man, begin, end, skip, timeout=None, startup_timeout=start_timeout).execute()
+        with _saved_at_times(nb_man):
+            return _Client(nb_man, begin, end, skip, timeout=None, startup_timeout=start_timeout).execute()
+
+
+@contextmanager
+def _saved_at_times(nb_man: NotebookExecutionManager, pause: float = 5.0) -> Iterator[None]:
+    """Let the notebook be saved every ``pause`` seconds at most, and at the end, whatever ends it.
+
+    papermill saves it before and after each cell, prose included: megabytes, a hundred times over.
+    """
+    save, last = nb_man.save, time.monotonic()
+
+    def save_at_times(**kwargs: Any) -> None:
+        nonlocal last
+        if time.monotonic() - last >= pause:
+            save(**kwargs)
+            last = time.monotonic()
+
+    nb_man.save = save_at_times
+    try:
+        yield
+    finally:
+        nb_man.save = save
+        save()
 
 
 papermill_engines.register(ENGINE, StudyEngine)
