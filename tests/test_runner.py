@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import papermill.engines
 import pytest
 
 from mome_utils import artifacts, runner
@@ -145,6 +146,18 @@ def test_stops_at_a_failing_cell_and_goes_on_from_there(study: Callable[..., Pat
     assert ran == 2
     assert "01_first: up to date" in shown
     assert "mended" in outputs(executed(root, "02_second"))
+
+
+def test_a_quick_notebook_is_saved_a_few_times_and_not_twice_a_cell(
+    study: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[str] = []
+    write = papermill.engines.write_ipynb
+    monkeypatch.setattr(papermill.engines, "write_ipynb", lambda nb, path: (saved.append(path), write(nb, path)))
+    root = study(_01_first=toy("01_first", *(f"print('cell {i}')" for i in range(20))))
+    assert run(root)[0] == 1
+    assert 1 <= len(saved) <= 8  # every five seconds, and at the end; papermill alone: more than forty times
+    assert "cell 19" in outputs(executed(root, "01_first"))
 
 
 def test_a_forced_run_that_fails_is_not_mistaken_for_a_finished_one(study: Callable[..., Path]) -> None:
