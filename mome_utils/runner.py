@@ -9,21 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 import papermill
-import zmq
-from ipykernel.kernelspec import RESOURCES, get_kernel_dict
-from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+from jupyter_client.client import KernelClient
 from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import DeadKernelError
 from papermill.clientwrap import PapermillNotebookClient
@@ -32,6 +29,7 @@ from papermill.exceptions import PapermillExecutionError
 
 from mome_utils.artifacts import digest, source_digest
 from mome_utils.config import MomeError
+from mome_utils.kernels import Kernels
 from mome_utils.overview import BUDGET_SECONDS, Overview, Plan
 from mome_utils.records import Record, code_digest, is_skipped, read_record, stale_reason, tags, write_record
 from mome_utils.study import Study
@@ -40,11 +38,6 @@ __all__ = ["CellFailed", "Request", "own_parameters", "plan_study", "read_notebo
            "run_study", "select_notebooks"]
 
 ENGINE = "mome"
-#: Set in kernels without a reader, where :func:`mome_utils.widgets.explore` leaves its static figure alone.
-STATIC = "MOME_STATIC"
-#: Lets the C library keep the memory of freed tensors: a training step frees and takes the same few megabytes again
-#: and again, and having them mapped and cleared anew costs up to a third of it. Kernels hand this on to workers.
-KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "1000000000", "MALLOC_MMAP_THRESHOLD_": "1000000000"}
 
 
 class CellFailed(Exception):
@@ -199,9 +192,8 @@ def run_study(
     notebooks = select_notebooks(root, only)
     resolved, folder = request.resolve()
     plans = plan_study(notebooks, request, resolved, folder, force=force)
-    overview = Overview(plans, stream or sys.stdout)
     ran = 0
-    try:
+    with closing(Overview(plans, stream or sys.stdout)) as overview, Kernels(root) as kernels:
         for index, path in enumerate(notebooks):
             source = read_notebook(path)
             parameters = request.digest_of(source, resolved)
@@ -216,22 +208,29 @@ def run_study(
             _touched_path(folder, path).unlink(missing_ok=True)
             # Figures of an earlier run that this one does not draw must not be taken for its own.
             shutil.rmtree(folder / "figures" / path.stem, ignore_errors=True)
+            # The next kernel gets ready from the middle on, when a notebook's own memory is past its peak.
+            ahead = len(plan.expected) // 2 if any(later.reason for later in plans[index + 1:]) else None
+
+            def on_cell(number: int, ahead: int | None = ahead) -> None:
+                overview.cell(number)
+                if number == ahead:
+                    kernels.prepare()
+
             cells = run_notebook(
-                path, folder / "notebooks" / path.name, request.parameters(source), root=root, on_cell=overview.cell
+                path, folder / "notebooks" / path.name, request.parameters(source), root=root, on_cell=on_cell,
+                kernels=kernels,
             )
             core = dataclasses.replace(request, arms="core").digest_of(source, resolved)
             _keep_record(folder, path, Record(path.stem, code_digest(source), parameters, {}, cells), core)
             overview.finished(plan)
             ran += 1
-    finally:
-        overview.close()
     return ran
 
 
 def run_notebook(
     source: Path, output: Path, parameters: Mapping[str, Any], *, root: Path,
     on_cell: Callable[[int], None] = lambda number: None,
-    skip: Callable[[Mapping[str, Any]], bool] = is_skipped,
+    skip: Callable[[Mapping[str, Any]], bool] = is_skipped, kernels: Kernels | None = None,
 ) -> list[float]:
     """Execute ``source`` into ``output``, which is saved every few seconds and at the end, an error's too.
 
@@ -242,6 +241,7 @@ def run_notebook(
         root: working directory of the kernel.
         on_cell: called with the number of each executed code cell (from 0) when it starts.
         skip: which cells not to execute.
+        kernels: lends the kernel; one that is started and ended here, if not given.
 
     Returns:
         Seconds of each executed code cell.
@@ -249,6 +249,9 @@ def run_notebook(
     Raises:
         CellFailed: with the cell, the error and the place of the half-executed notebook.
     """
+    if kernels is None:
+        with Kernels(root) as own:
+            return run_notebook(source, output, parameters, root=root, on_cell=on_cell, skip=skip, kernels=own)
     output.parent.mkdir(parents=True, exist_ok=True)
     times: list[float] = []
 
@@ -262,7 +265,7 @@ def run_notebook(
     try:
         papermill.execute_notebook(
             source, output, parameters=dict(parameters), engine_name=ENGINE, progress_bar=False, cwd=root,
-            begin=begin, end=end, skip=skip,
+            kernels=kernels, begin=begin, end=end, skip=skip,
         )
     except PapermillExecutionError as error:
         message = f"{error.ename}: {error.evalue}"
@@ -279,32 +282,24 @@ def run_notebook(
     ]))
 
 
-class _RunningInterpreter(KernelSpecManager):
-    """Knows one kernel: the interpreter this process runs in, whatever else is installed under its name."""
-
-    def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
-        spec = KernelSpec(resource_dir=RESOURCES, **get_kernel_dict())
-        # Nobody is there to drag a slider; and a value of the reader's own goes before ours.
-        spec.env = {**spec.env, STATIC: "1", **{k: v for k, v in KEEP_MEMORY.items() if k not in os.environ}}
-        return spec
-
-
 class _Client(PapermillNotebookClient):
-    """papermill's client with a fixed kernel, skipped cells, and two callbacks around each executed cell."""
+    """papermill's client with a given kernel, skipped cells, and two callbacks around each executed cell."""
 
     def __init__(
-        self, manager: NotebookExecutionManager, begin: Callable[[], None], end: Callable[[], None],
-        skip: Callable[[Mapping[str, Any]], bool], **kwargs: Any,
+        self, manager: NotebookExecutionManager, kernel: AsyncKernelManager, begin: Callable[[], None],
+        end: Callable[[], None], skip: Callable[[Mapping[str, Any]], bool], **kwargs: Any,
     ) -> None:
-        super().__init__(manager, **kwargs)
+        super().__init__(manager, km=kernel, **kwargs)
         self._begin, self._end, self._skip = begin, end, skip
 
-    def create_kernel_manager(self) -> AsyncKernelManager:
-        self.km = AsyncKernelManager(
-            kernel_name="python3", kernel_spec_manager=_RunningInterpreter(),
-            transport_encryption="auto" if zmq.has("curve") else "disabled",
-        )
-        return self.km
+    def execute(self, **kwargs: Any) -> Any:
+        try:
+            return super().execute(**kwargs)
+        finally:
+            # nbclient leaves the client of a kernel that was handed to it open.
+            client: KernelClient | None = self.kc
+            if client is not None:
+                client.stop_channels()
 
     def execute_cell(self, cell: Any, cell_index: int, **kwargs: Any) -> Any:
         if cell.cell_type != "code" or self._skip(cell):
@@ -321,13 +316,13 @@ class StudyEngine(NBClientEngine):
 
     @classmethod
     def execute_managed_notebook(
-        cls, nb_man: NotebookExecutionManager, kernel_name: str, *, begin: Callable[[], None],
-        end: Callable[[], None], skip: Callable[[Mapping[str, Any]], bool], start_timeout: int = 120,
-        **_: Any,
+        cls, nb_man: NotebookExecutionManager, kernel_name: str, *, kernels: Kernels,
+        begin: Callable[[], None], end: Callable[[], None], skip: Callable[[Mapping[str, Any]], bool],
+        start_timeout: int = 120, **_: Any,
     ) -> Any:
         """Execute the notebook that ``nb_man`` holds."""
-        with _saved_at_times(nb_man):
-            return _Client(nb_man, begin, end, skip, timeout=None, startup_timeout=start_timeout).execute()
+        with _saved_at_times(nb_man), kernels.lend() as kernel:
+            return _Client(nb_man, kernel, begin, end, skip, timeout=None, startup_timeout=start_timeout).execute()
 
 
 @contextmanager
