@@ -57,6 +57,19 @@ def test_each_row_of_data_set_and_generation_says_what_it_is(tmp_path):
     ]
 
 
+def test_operations_that_a_step_spares_are_counted_and_equal_ones_are_not_mentioned(tmp_path):
+    # Ours: 200 tokens/s at 40 % of the rate; beside it 100 at 50 %: 0.002 against 0.005 rate-seconds a token.
+    row = {"measured": "kd, ours, eager", "against": "kd, textbook, eager", "ratio": 2.0, "lowest": 1.5, "highest": 2.5,
+           "tokens_per_s": 200.0, "against_tokens_per_s": 100.0, "matrix_rate": 0.4, "against_matrix_rate": 0.5}
+    rows = [row, row | {"tokens_per_s": 100.0, "matrix_rate": 0.5}]
+    (tmp_path / BENCHMARK_FOLDER).mkdir(parents=True)
+    content = {"benchmark": "kd", "machine": bench.machine(), "rows": rows}
+    (tmp_path / BENCHMARK_FOLDER / "kd.json").write_text(json.dumps(content), encoding="utf-8")
+    results = [line.split(" | ")[2] for line in performance_block(tmp_path).splitlines()[2:4]]
+    assert results == ["2 × faster (1.5 to 2.5) with 2.5 × fewer operations, 40% of the matrix rate |",
+                       "2 × faster (1.5 to 2.5), 50% of the matrix rate |"]
+
+
 def test_a_gpu_is_named_and_its_teacher_compared_with_its_matrix_rate(tmp_path):
     row = {"device": "A GPU", "ratio": 1.6, "lowest": 1.5, "highest": 1.75, "matrix_rate": 0.47}
     rows = [row | {"measured": "teacher training", "against": "itself"},
