@@ -15,6 +15,7 @@ from typing import Any
 
 import zmq
 from ipykernel.kernelspec import RESOURCES, get_kernel_dict
+from jupyter_client.asynchronous.client import AsyncKernelClient
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from jupyter_core.utils import run_sync
@@ -55,7 +56,7 @@ class Kernels:
     def __init__(self, root: Path) -> None:
         self._root = root
         self._ready: AsyncKernelManager | None = None
-        self._ending: list[AsyncKernelManager] = []
+        self._ending: list[tuple[AsyncKernelManager, AsyncKernelClient]] = []
 
     def __enter__(self) -> Kernels:
         return self
@@ -85,8 +86,12 @@ class Kernels:
             _now(kernel.shutdown_kernel)()
             raise
         self._wait_for_ends()
-        _now(kernel.request_shutdown)()
-        self._ending.append(kernel)
+        # An exit like any other program's: what it shared with worker processes is put away. A request to shut down
+        # would first kill these and their tracker, and leave files behind.
+        client = kernel.client()
+        client.start_channels(iopub=False, stdin=False, hb=False, control=False)
+        client.execute("get_ipython().ask_exit()", silent=True)
+        self._ending.append((kernel, client))
 
     def _start(self, *arguments: str) -> AsyncKernelManager:
         kernel = AsyncKernelManager(
@@ -97,10 +102,11 @@ class Kernels:
         return kernel
 
     def _wait_for_ends(self) -> None:
-        """Wait for the kernels that were asked to end, and kill one that does not."""
+        """Wait for the kernels that were told to exit, and kill one that does not."""
         while self._ending:
-            kernel = self._ending.pop()
+            kernel, client = self._ending.pop()
             _now(kernel.finish_shutdown)()
+            client.stop_channels()
             _now(kernel.cleanup_resources)()
 
 

@@ -84,6 +84,23 @@ def test_a_kernel_whose_notebook_failed_is_ended_at_once(tmp_path: Path) -> None
         assert not is_running(process)
 
 
+def test_a_kernel_with_workers_ends_by_itself_and_says_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code = ("import os, time; from joblib import Parallel, delayed\n"
+            "def work(): time.sleep(1); return os.getpid()\n"
+            "print(*Parallel(2)([delayed(work)()] * 2))")
+    with Kernels(tmp_path) as kernels:
+        with kernels.lend() as kernel:
+            workers = {int(number) for number in asked(kernel, code).split(" ")}
+        assert len(workers) == 2
+        limit = time.monotonic() + 30
+        while (run_sync(kernel.is_alive)() or any(map(is_running, workers))) and time.monotonic() < limit:
+            time.sleep(0.05)
+        assert not run_sync(kernel.is_alive)() and not any(map(is_running, workers))
+    assert capfd.readouterr().err == ""
+
+
 def test_a_kernel_that_nobody_borrowed_is_ended(tmp_path: Path) -> None:
     with Kernels(tmp_path) as kernels:
         kernels.prepare()
