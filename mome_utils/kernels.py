@@ -77,8 +77,10 @@ class Kernels:
     def lend(self) -> Iterator[AsyncKernelManager]:
         """A kernel for one notebook: the one that was prepared, or else a new one. It is not used again."""
         kernel, self._ready = self._ready, None
-        if kernel is None or not _now(kernel.is_alive)():
-            kernel = self._start()
+        if kernel is not None and not _now(kernel.is_alive)():  # memory was short, perhaps
+            _now(kernel.cleanup_resources)()
+            kernel = None
+        kernel = kernel or self._start()
         try:
             yield kernel
         except BaseException:

@@ -208,7 +208,7 @@ def run_study(
             _touched_path(folder, path).unlink(missing_ok=True)
             # Figures of an earlier run that this one does not draw must not be taken for its own.
             shutil.rmtree(folder / "figures" / path.stem, ignore_errors=True)
-            # The next kernel gets ready from the middle on, when a notebook's own memory is past its peak.
+            # The next kernel gets ready in the second half: until then its third of a gigabyte is better used.
             ahead = len(plan.expected) // 2 if any(later.reason for later in plans[index + 1:]) else None
 
             def on_cell(number: int, ahead: int | None = ahead) -> None:
