@@ -7,11 +7,10 @@ nothing is computed: nine notebooks would wait for more than a minute.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import zmq
 from ipykernel.kernelspec import RESOURCES, get_kernel_dict
@@ -27,7 +26,7 @@ STATIC = "MOME_STATIC"
 #: Lets the C library keep the memory of freed tensors: a training step frees and takes the same few megabytes again
 #: and again, and having them mapped and cleared anew costs up to a third of it. Kernels hand this on to workers.
 KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "1000000000", "MALLOC_MMAP_THRESHOLD_": "1000000000"}
-#: What nearly every notebook imports, and what that takes long for. No name is left behind in the notebook's own.
+#: Imports what takes long and nearly every notebook needs, and leaves no name among the notebook's.
 WARM = "for _name in ('models', 'figures', 'study'): __import__('mome_utils.' + _name)\ndel _name"
 
 
@@ -65,7 +64,7 @@ class Kernels:
                  traceback: TracebackType | None) -> None:
         ready, self._ready = self._ready, None
         if ready is not None:  # it has nothing to lose
-            _now(ready.shutdown_kernel)(now=True)
+            run_sync(ready.shutdown_kernel)(now=True)
         self._wait_for_ends()
 
     def prepare(self) -> None:
@@ -77,15 +76,15 @@ class Kernels:
     def lend(self) -> Iterator[AsyncKernelManager]:
         """A kernel for one notebook: the one that was prepared, or else a new one. It is not used again."""
         kernel, self._ready = self._ready, None
-        if kernel is not None and not _now(kernel.is_alive)():  # memory was short, perhaps
-            _now(kernel.cleanup_resources)()
+        if kernel is not None and not run_sync(kernel.is_alive)():  # memory was short, perhaps
+            run_sync(kernel.cleanup_resources)()
             kernel = None
         kernel = kernel or self._start()
         try:
             yield kernel
         except BaseException:
             # It may still be at work on the cell that was interrupted: this waits until it is not.
-            _now(kernel.shutdown_kernel)()
+            run_sync(kernel.shutdown_kernel)()
             raise
         self._wait_for_ends()
         # An exit like any other program's: what it shared with worker processes is put away. A request to shut down
@@ -100,19 +99,13 @@ class Kernels:
             kernel_name="python3", kernel_spec_manager=_RunningInterpreter(),
             transport_encryption="auto" if zmq.has("curve") else "disabled",
         )
-        _now(kernel.start_kernel)(cwd=self._root, extra_arguments=list(arguments))
+        run_sync(kernel.start_kernel)(cwd=self._root, extra_arguments=list(arguments))
         return kernel
 
     def _wait_for_ends(self) -> None:
         """Wait for the kernels that were told to exit, and kill one that does not."""
         while self._ending:
             kernel, client = self._ending.pop()
-            _now(kernel.finish_shutdown)()
+            run_sync(kernel.finish_shutdown)()
             client.stop_channels()
-            _now(kernel.cleanup_resources)()
-
-
-def _now(method: Callable[..., Any]) -> Callable[..., Any]:
-    """An asynchronous method of a kernel's manager as a plain one."""
-    plain: Callable[..., Any] = run_sync(method)
-    return plain
+            run_sync(kernel.cleanup_resources)()
